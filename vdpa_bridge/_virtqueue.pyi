@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Types of the native rings; `vdpa_bridge.virtqueue` re-exports all of them.
+
+Rule of the native module: it converts between Python values and the C core in `userspace/`, and holds no ring logic.
+Sizes and offsets are bytes, IOVAs are addresses as the device sees them, addresses are those of this process.
+"""
+
+from collections.abc import Iterable, Sequence
+from types import GenericAlias
+from typing import Generic, TypeAlias, TypeVar, final
+
+from typing_extensions import Buffer
+
+_T = TypeVar("_T")
+_Segments: TypeAlias = Sequence[tuple[int, int]]
+"""Buffers of one side of a chain: (iova, bytes) each, none of them empty."""
+
+PERM_RO: int
+"""1: the device may read (VHOST_ACCESS_RO)."""
+PERM_WO: int
+"""2: the device may write (VHOST_ACCESS_WO)."""
+PERM_RW: int
+"""3: both (VHOST_ACCESS_RW)."""
+
+@final
+class IovaMap:
+    """What the device may touch: sorted, disjoint regions from IOVA to this process's memory.
+
+    The map does not own the memory: whoever adds a region keeps it mapped until it is removed. Chains popped before a
+    removal stay safe: they look their buffers up again, and raise OSError(EFAULT) where these are no longer mapped.
+    Synchronization: the caller serialises all calls. A call that changes the map waits until I/O that runs without the
+    GIL (`Chain.preadv`, `pwritev`) has left it, at most 5 s, then raises OSError(EBUSY).
+    """
+
+    def __init__(self) -> None: ...
+    def add(self, iova: int, size: int, address: int, perm: int) -> None:
+        """Map [iova, iova + size) to `address`, for PERM_RO, PERM_WO or PERM_RW as seen by the device.
+
+        OSError: EEXIST when it overlaps a region; EINVAL when the size is 0, a range wraps, or perm is none of the three.
+        """
+    def remove(self, iova: int, size: int) -> int:
+        """Remove every region that lies wholly inside the range; return how many. OSError(EINVAL) for an empty range or one that wraps."""
+    def clear(self) -> None:
+        """Remove every region."""
+    def read(self, iova: int, length: int) -> bytes:
+        """Read as the device would. OSError(EFAULT) when a byte is unmapped or not readable by the device."""
+    def write(self, iova: int, data: Buffer) -> None:
+        """Write as the device would. OSError(EFAULT) when a byte is unmapped or not writable by the device."""
+    def regions(self) -> list[tuple[int, int, int, int]]:
+        """All regions by rising IOVA: (iova, size, address, perm)."""
+    @property
+    def poisoned(self) -> bool:
+        """Whether the guard had to replace memory of a region (see `guard`)."""
+    def __len__(self) -> int: ...
+
+@final
+class Chain:
+    """One buffer of a driver: bytes the device reads, then bytes it writes (virtio 1.2, 2.6).
+
+    Made by `DeviceQueue.pop_many` only, and handed back once by `push_many`; from then on every access is a ValueError.
+    Each access raises OSError(EFAULT) when the memory was removed from the `IovaMap` meanwhile.
+    Synchronization: one chain belongs to one thread at a time.
+    """
+
+    @property
+    def head(self) -> int:
+        """Index of the first descriptor; what the used ring carries."""
+    @property
+    def readable(self) -> int:
+        """Bytes the device may read."""
+    @property
+    def writable(self) -> int:
+        """Bytes the device may write."""
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Gather up to `length` bytes (default: all) of the readable part from `offset`; short at its end."""
+    def write(self, data: Buffer, offset: int = 0) -> int:
+        """Scatter `data` into the writable part from `offset`; return the bytes stored, short at its end."""
+    def copy_from(self, src: Chain, src_offset: int = 0, dst_offset: int = 0, length: int | None = None) -> int:
+        """Copy from the readable part of `src` into the writable part of this chain; return the bytes copied, short at either end."""
+    def zero(self, offset: int = 0, length: int | None = None) -> int:
+        """Clear bytes of the writable part; return how many."""
+    def preadv(self, fd: int, file_offset: int, skip: int = 0, length: int | None = None) -> int:
+        """Read from a file into the writable part, `skip` bytes after its start; without the GIL.
+
+        `file_offset` -1 uses read/readv (sockets, taps: one transfer, no loop). Returns the bytes transferred, short at end of file
+        or of the chain. OSError carries the errno of the file, when nothing was transferred before it.
+        """
+    def pwritev(self, fd: int, file_offset: int, skip: int = 0, length: int | None = None) -> int:
+        """Write the readable part, from `skip` on, to a file; without the GIL. As `preadv` otherwise."""
+
+@final
+class DeviceQueue:
+    """The device's end of a split virtqueue (virtio 1.2, 2.7), in memory the driver can write at any time.
+
+    Whatever the driver writes there can only break this queue: `broken` then says why, and `pop_many` and `push_many` raise
+    OSError(EPROTO). A device answers that with DEVICE_NEEDS_RESET (virtio 1.2, 2.1.2).
+    Synchronization: one thread at a time.
+    """
+
+    def __init__(
+        self,
+        memory: IovaMap,
+        num: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        base: int = 0,
+        event_idx: bool = False,
+        indirect: bool = True,
+    ) -> None:
+        """`num` entries (a power of 2, at most 32768), the IOVAs of the three areas, and the available index to start at.
+
+        ValueError: num, base or alignment (16, 2 and 4 bytes) is wrong. OSError(EFAULT): an area is not mapped in one piece with
+        the permission it needs.
+        """
+    def pop_many(self, limit: int = 64) -> list[Chain]:
+        """Take up to `limit` chains the driver made available, in ring order; an empty list when there is none.
+
+        When the ring turns out broken, chains before the fault are still returned; the next call raises OSError(EPROTO).
+        """
+    def push_many(self, completed: Iterable[tuple[Chain, int]]) -> bool:
+        """Hand chains back, each with the bytes written to its writable part; one index update. True: a call is due.
+
+        ValueError, before anything is pushed: a chain of another queue, one handed back already, or more bytes than writable.
+        """
+    def enable_kick(self) -> bool:
+        """Ask to be kicked for the next chain. True: chains are waiting already, so pop again before sleeping."""
+    def disable_kick(self) -> None:
+        """Tell the driver that kicks are not needed (a hint: some may still come)."""
+    @property
+    def num(self) -> int: ...
+    @property
+    def base(self) -> int:
+        """The next available index to take: what GET_VRING_BASE reports (0 to 65535)."""
+    @property
+    def used_idx(self) -> int:
+        """The used index as published (0 to 65535)."""
+    @property
+    def in_flight(self) -> int:
+        """Chains popped and not handed back yet."""
+    @property
+    def broken(self) -> str | None:
+        """Why the queue stopped for good, or None."""
+
+@final
+class DriverQueue(Generic[_T]):
+    """The driver's end of a split virtqueue, with a token of type T per chain.
+
+    The ring area is one contiguous piece laid out by `ring_layout`; the constructor clears it, and `owner` is kept alive with it.
+    A hostile device can only break the queue: `broken` then says why, and every call raises OSError(EPROTO).
+    Synchronization: one thread at a time.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        size: int,
+        iova: int,
+        num: int,
+        *,
+        table_entries: int = 0,
+        event_idx: bool = False,
+        base: int = 0,
+        owner: object = None,
+    ) -> None:
+        """Put a ring of `num` (a power of 2, at most 32768) at `address`, which the device sees at `iova`.
+
+        `table_entries` > 0 uses indirect descriptors for chains of 2 to that many buffers (needs VIRTIO_F_INDIRECT_DESC), `event_idx` needs
+        VIRTIO_F_EVENT_IDX. ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
+        """
+    def __class_getitem__(cls, item: object, /) -> GenericAlias: ...
+    def add_many(self, requests: Iterable[tuple[_Segments, _Segments, _T]]) -> int:
+        """Add chains of (readable buffers, writable buffers, token), without telling the device; return how many fitted.
+
+        ValueError: a chain without buffers, with an empty one, or longer than the ring; chains before it stay added.
+        """
+    def publish(self) -> bool:
+        """Make the added chains available to the device, all by one index update. True: a kick is due."""
+    def reap(self, limit: int = 64) -> list[tuple[_T, int]]:
+        """Take up to `limit` completed chains: (token, bytes the device claims to have written)."""
+    def enable_call(self) -> bool:
+        """Ask for a call at the next completion. True: some are waiting already, so reap again before sleeping."""
+    def disable_call(self) -> None:
+        """Tell the device that calls are not needed (a hint: some may still come)."""
+    @property
+    def num(self) -> int: ...
+    @property
+    def desc(self) -> int:
+        """IOVA of the descriptor area."""
+    @property
+    def avail(self) -> int:
+        """IOVA of the driver area (available ring)."""
+    @property
+    def used(self) -> int:
+        """IOVA of the device area (used ring)."""
+    @property
+    def free(self) -> int:
+        """Descriptors that can still be added."""
+    @property
+    def in_flight(self) -> int:
+        """Chains added and not reaped yet."""
+    @property
+    def broken(self) -> str | None:
+        """Why the queue stopped for good, or None."""
+
+def guard(address: int, size: int) -> None:
+    """Survive SIGBUS in this mapping: should its file shrink under it, it becomes zeroed private memory and counts as poisoned.
+
+    ValueError: not page aligned, empty, or overlapping another guarded mapping. Synchronization: any thread.
+    """
+
+def unguard(address: int) -> None:
+    """Stop guarding the mapping that starts at `address`; before munmap(). ValueError when there is none."""
+
+def poisoned(address: int) -> bool:
+    """Whether the guarded mapping that starts at `address` was replaced. ValueError when there is none."""
+
+def ring_layout(num: int, table_entries: int = 0) -> tuple[int, int, int, int, int]:
+    """Offsets of (desc, avail, used, indirect tables) in one contiguous 16-byte aligned area, and its whole size."""
