@@ -2,7 +2,8 @@
 """Types of the native rings; `vdpa_bridge.virtqueue` re-exports all of them.
 
 Rule of the native module: it converts between Python values and the C core in `userspace/`, and holds no ring logic.
-Sizes and offsets are bytes, IOVAs are addresses as the device sees them, addresses are those of this process.
+Sizes and offsets are bytes, IOVAs are addresses as the device sees them, addresses are those of this process. An
+integer that its C type cannot hold is an OverflowError.
 """
 
 from collections.abc import Iterable, Sequence
@@ -170,8 +171,8 @@ class DriverQueue(Generic[_T]):
         VIRTIO_F_EVENT_IDX. ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
         """
     def __class_getitem__(cls, item: object, /) -> GenericAlias: ...
-    def add_many(self, requests: Iterable[tuple[_Segments, _Segments, _T]]) -> int:
-        """Add chains of (readable buffers, writable buffers, token), without telling the device; return how many fitted.
+    def add_many(self, requests: Sequence[tuple[_Segments, _Segments, _T]]) -> int:
+        """Add chains of (readable buffers, writable buffers, token), without telling the device; return how many fitted (add the rest after a reap).
 
         ValueError: a chain without buffers, with an empty one, or longer than the ring; chains before it stay added.
         """

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+/*
+ * iova: which memory a device may touch, and where this process has it.
+ *
+ * Rule: nothing outside this file turns an IOVA into a pointer. A translation is good for as long as the map's
+ * generation stays the same; whoever keeps one keeps the generation beside it and looks again when it moved.
+ * Synchronization: readers may run in parallel; a change excludes them, and that is the caller's business.
+ */
+#ifndef VDPA_BRIDGE_IOVA_H
+#define VDPA_BRIDGE_IOVA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+/* As the device sees it; the values of VHOST_ACCESS_* in <linux/vhost_types.h>. */
+enum iova_perm { IOVA_RO = 1, IOVA_WO = 2, IOVA_RW = 3 };
+
+struct iova_region {
+	uint64_t iova;
+	uint64_t last; /* inclusive, so that a region may end at 2^64 - 1 */
+	uint8_t *host;
+	uint32_t perm;
+};
+
+struct iova_map {
+	struct iova_region *regions; /* sorted, disjoint */
+	size_t count;
+	size_t capacity;
+	uint64_t generation; /* moves when a translation may have become wrong: on removal */
+};
+
+/* A run of pieces, in two parallel arrays so that the iovecs can go to readv() as they are. */
+struct iova_pieces {
+	struct iovec *iov;
+	uint64_t *iova;
+	size_t used;
+	size_t capacity;
+};
+
+void iova_map_init(struct iova_map *map);
+void iova_map_destroy(struct iova_map *map);
+
+/* 0, or -EEXIST (overlap), -EINVAL (empty, wraps, bad perm), -ENOMEM. */
+int iova_map_add(struct iova_map *map, uint64_t iova, uint64_t size, void *host, uint32_t perm);
+
+/* Removes the regions that lie wholly inside; returns how many, or -EINVAL (empty, wraps). */
+long iova_map_remove(struct iova_map *map, uint64_t iova, uint64_t size);
+void iova_map_clear(struct iova_map *map);
+
+/*
+ * Appends [iova, iova + length) to `out`, one piece per region it runs through. 0, -EFAULT (a byte is unmapped or
+ * lacks the permission), -ENOSPC (more pieces than capacity);
+ * `out` is unchanged then, and for length 0. `hint` holds the last
+ * hit between calls: one per user, so that readers share nothing they write.
+ */
+int iova_translate_slow(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length, uint32_t perm,
+			struct iova_pieces *out);
+
+static inline int iova_translate(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length,
+				 uint32_t perm, struct iova_pieces *out)
+{
+	const struct iova_region *region = map->regions + *hint;
+
+	/* The common case: all of it in the region hit last. length - 1 of an empty range is out of every bound. */
+	if (*hint < map->count && iova >= region->iova && iova <= region->last && length - 1 <= region->last - iova &&
+	    (region->perm & perm) == perm && out->used < out->capacity) {
+		out->iov[out->used].iov_base = region->host + (iova - region->iova);
+		out->iov[out->used].iov_len = (size_t)length;
+		out->iova[out->used] = iova;
+		out->used++;
+		return 0;
+	}
+	return iova_translate_slow(map, hint, iova, length, perm, out);
+}
+
+/* The same for a range that must be in one piece of memory; NULL when it is not. */
+void *iova_contiguous(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length, uint32_t perm);
+
+/* Looks pieces up again after the map changed, each still in one region; 0 or -EFAULT (then some may be stale). */
+int iova_refresh(const struct iova_map *map, struct iovec *iov, const uint64_t *iova, size_t count, uint32_t perm);
+
+/* Copies out of and into the map; 0 or -EFAULT, in which case nothing was copied. */
+int iova_read(const struct iova_map *map, uint64_t iova, void *to, uint64_t length);
+int iova_write(const struct iova_map *map, uint64_t iova, const void *from, uint64_t length);
+
+/* Whether a region lies in a mapping that the guard had to replace. */
+bool iova_map_poisoned(const struct iova_map *map);
+
+#endif

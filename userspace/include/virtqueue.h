@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+/*
+ * virtqueue: both ends of a virtqueue, in batches.
+ *
+ * Rule: whatever the other side writes can only break the queue. `fault` then says what was seen, for good; no call
+ * touches the ring any more, and nothing outside the mapped memory is read or written on the way there.
+ * The calls name no ring format: a packed ring fits behind the same ones.
+ * Synchronization: each end belongs to one thread at a time. No call allocates, except init.
+ */
+#ifndef VDPA_BRIDGE_VIRTQUEUE_H
+#define VDPA_BRIDGE_VIRTQUEUE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "iova.h"
+#include "vring.h"
+
+enum vq_fault_code {
+	VQ_OK,
+	/* seen by the device's end */
+	VQ_AVAIL_JUMP,
+	VQ_HEAD_RANGE,
+	VQ_HEAD_BUSY,
+	VQ_NEXT_RANGE,
+	VQ_CHAIN_LONG,
+	VQ_CHAIN_BYTES,
+	VQ_CHAIN_ORDER,
+	VQ_CHAIN_UNMAPPED,
+	VQ_CHAIN_PIECES,
+	VQ_INDIRECT_REFUSED,
+	VQ_INDIRECT_NESTED,
+	VQ_INDIRECT_NEXT,
+	VQ_INDIRECT_SIZE,
+	VQ_INDIRECT_UNMAPPED,
+	VQ_RING_UNMAPPED,
+	/* seen by the driver's end */
+	VQ_USED_JUMP,
+	VQ_USED_ID,
+	VQ_USED_NOT_POSTED,
+	VQ_USED_LENGTH,
+	/* seen by both */
+	VQ_POISONED,
+};
+
+struct vq_fault {
+	enum vq_fault_code code;
+	uint32_t where; /* ring index, descriptor or head, as the code's text says */
+	uint64_t value;
+};
+
+/* One line for people, without a newline; returns what snprintf returns. */
+int vq_fault_describe(const struct vq_fault *fault, char *text, size_t size);
+
+/* Longest indirect table a device accepts on a ring of any size: what today's peers accept and drivers stay below. */
+enum { VQ_INDIRECT_MAX = 1024 };
+
+/* ---- device ---- */
+
+/* Pieces first .. first + readable_pieces are for reading, the writable ones follow them. */
+struct vq_chain {
+	size_t first;
+	uint32_t readable_pieces;
+	uint32_t writable_pieces;
+	uint64_t readable;
+	uint64_t writable;
+	uint16_t head;
+};
+
+struct vq_used {
+	uint32_t written;
+	uint16_t head;
+};
+
+struct vq_device_config {
+	const struct iova_map *map; /* outlives the queue */
+	uint64_t desc, avail, used; /* IOVAs */
+	uint32_t num;
+	uint16_t base; /* available index to start at */
+	bool event_idx;
+	bool indirect;
+};
+
+struct vq_device {
+	struct vq_device_config config;
+	struct vring ring;
+	uint64_t generation; /* of the map, when `ring` was looked up */
+	uint64_t guard_seen;
+	size_t hint;
+	uint16_t next_avail;
+	uint16_t avail_seen; /* avail->idx as last read */
+	uint16_t used_idx;
+	bool call_always; /* until the first push: the driver may have missed one before us */
+	uint32_t in_flight;
+	uint64_t *busy; /* a bit per head that is popped and not pushed */
+	uint64_t *table; /* copy of the indirect table being walked */
+	struct vq_fault fault;
+};
+
+/* 0, -EINVAL (num or alignment), -EFAULT (an area is not mapped in one piece), -ENOMEM. */
+int vq_device_init(struct vq_device *vq, const struct vq_device_config *config);
+void vq_device_destroy(struct vq_device *vq);
+
+/*
+ * Takes up to `limit` chains, appending their pieces. Stops early before a chain whose pieces do not fit beside the
+ * others', and after a fault: the chains returned are good all the same.
+ */
+size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces);
+
+/* Hands back `count` chains by one index update. 1: a call is due; 0: not; -EINVAL: a head was not popped (the ones
+ * before it are handed back); -EPROTO: broken. */
+int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t count);
+
+/* 1: chains are waiting already; 0: none, the driver will kick; -EPROTO: broken. */
+int vq_device_enable_kick(struct vq_device *vq);
+void vq_device_disable_kick(struct vq_device *vq);
+
+/* ---- driver ---- */
+
+struct vq_layout {
+	uint64_t desc, avail, used, tables; /* offsets */
+	uint64_t size;
+};
+
+/* One contiguous area; the used ring starts a cache line of its own. `table_entries` 0: no indirect tables. */
+struct vq_layout vq_layout(uint32_t num, uint32_t table_entries);
+
+struct vq_buffer {
+	uint64_t iova;
+	uint32_t length;
+};
+
+struct vq_done {
+	uint64_t token;
+	uint32_t written;
+	uint16_t head;
+};
+
+struct vq_driver_slot {
+	uint64_t token;
+	uint64_t writable;
+	uint16_t next; /* next free descriptor, or the chain's next: never read from the ring */
+	uint16_t count; /* descriptors of the chain that starts here; 0: none does */
+	uint16_t position; /* available index it was added at */
+};
+
+struct vq_driver_config {
+	void *area; /* mapped for as long as the queue lives */
+	uint64_t iova;
+	uint32_t num;
+	uint32_t table_entries;
+	uint16_t base;
+	bool event_idx;
+};
+
+struct vq_driver {
+	struct vq_driver_config config;
+	struct vq_layout layout;
+	struct vring ring;
+	uint64_t guard_seen;
+	uint16_t added; /* available index after the last add */
+	uint16_t published; /* what avail->idx says */
+	uint16_t last_used;
+	uint16_t free_head;
+	uint32_t free;
+	uint32_t in_flight;
+	struct vq_driver_slot *slots;
+	struct vq_fault fault;
+};
+
+/* Clears the area. 0, -EINVAL (num or alignment), -ENOMEM. */
+int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config);
+void vq_driver_destroy(struct vq_driver *vq);
+
+/* Readable buffers first. The head, or -ENOSPC (try again after a reap), -EINVAL (can never fit, an empty buffer). */
+int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable,
+		  uint64_t token);
+
+/* One index update for all added. 1: a kick is due; 0: not; -EPROTO: broken. */
+int vq_driver_publish(struct vq_driver *vq);
+size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit);
+
+/* 1: completions are waiting already; 0: none, the device will call; -EPROTO: broken. */
+int vq_driver_enable_call(struct vq_driver *vq);
+void vq_driver_disable_call(struct vq_driver *vq);
+
+#endif

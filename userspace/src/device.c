@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+/*
+ * The device's end of a split virtqueue. Partners of the barriers here are in driver.c (or in the peer's driver):
+ * [A] avail->idx, [B] asking for kicks, [C] used->idx, [D] asking for calls.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "guard.h"
+#include "virtqueue.h"
+
+static bool set_fault(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
+{
+	vq->fault = (struct vq_fault){ .code = code, .where = where, .value = value };
+	return false;
+}
+
+/* Looks the three areas up; false with the IOVA in the fault when one is not there. */
+static bool look_up_ring(struct vq_device *vq)
+{
+	const struct vq_device_config *c = &vq->config;
+	void *desc = iova_contiguous(c->map, &vq->hint, c->desc, (uint64_t)VRING_DESC_SIZE * c->num, IOVA_RO);
+	void *avail = iova_contiguous(c->map, &vq->hint, c->avail, vring_avail_size(c->num), IOVA_RO);
+	void *used = iova_contiguous(c->map, &vq->hint, c->used, vring_used_size(c->num), IOVA_WO);
+
+	vq->generation = c->map->generation;
+	if (!desc || (uintptr_t)desc % 8)
+		return set_fault(vq, VQ_RING_UNMAPPED, 0, c->desc);
+	if (!avail || (uintptr_t)avail % VRING_AVAIL_ALIGN)
+		return set_fault(vq, VQ_RING_UNMAPPED, 0, c->avail);
+	if (!used || (uintptr_t)used % VRING_USED_ALIGN)
+		return set_fault(vq, VQ_RING_UNMAPPED, 0, c->used);
+	vq->ring = (struct vring){ .desc = desc, .avail = avail, .used = used, .num = c->num };
+	return true;
+}
+
+/* Before a batch: not broken, and the ring is where it was or has been found again. */
+static bool usable(struct vq_device *vq)
+{
+	if (vq->fault.code != VQ_OK)
+		return false;
+	return vq->generation == vq->config.map->generation || look_up_ring(vq);
+}
+
+/* After a batch: what was read came from the driver, not from a mapping the guard replaced. */
+static bool sound(struct vq_device *vq)
+{
+	uint64_t now = guard_events();
+
+	if (now == vq->guard_seen)
+		return true;
+	vq->guard_seen = now;
+	return !iova_map_poisoned(vq->config.map) || set_fault(vq, VQ_POISONED, 0, 0);
+}
+
+int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
+{
+	uint32_t entries = config->num > VQ_INDIRECT_MAX ? config->num : VQ_INDIRECT_MAX;
+
+	memset(vq, 0, sizeof(*vq));
+	if (!vring_num_valid(config->num) || config->desc % VRING_DESC_ALIGN || config->avail % VRING_AVAIL_ALIGN ||
+	    config->used % VRING_USED_ALIGN)
+		return -EINVAL;
+	vq->config = *config;
+	if (!look_up_ring(vq))
+		return -EFAULT;
+	vq->busy = calloc((config->num + 63) / 64, sizeof(*vq->busy));
+	vq->table = malloc((size_t)entries * VRING_DESC_SIZE);
+	if (!vq->busy || !vq->table) {
+		vq_device_destroy(vq);
+		return -ENOMEM;
+	}
+	vq->next_avail = vq->avail_seen = config->base;
+	vq->used_idx = ring16_load(used_idx(&vq->ring), memory_order_relaxed);
+	vq->call_always = true;
+	(void)vq_device_enable_kick(vq);
+	return 0;
+}
+
+void vq_device_destroy(struct vq_device *vq)
+{
+	free(vq->busy);
+	free(vq->table);
+	vq->busy = NULL;
+	vq->table = NULL;
+}
+
+/* Chains that wait, after reading avail->idx once; 0 with a fault when the index is impossible. */
+static uint16_t waiting(struct vq_device *vq)
+{
+	uint16_t count;
+
+	/* pair [A]: acquire, sees the ring entries and descriptors stored before the driver's idx. virtio 1.2, 2.7.13.3 */
+	vq->avail_seen = ring16_load(avail_idx(&vq->ring), memory_order_acquire);
+	count = (uint16_t)(vq->avail_seen - vq->next_avail);
+	if (count > vq->ring.num) {
+		set_fault(vq, VQ_AVAIL_JUMP, vq->next_avail, vq->avail_seen);
+		return 0;
+	}
+	return count;
+}
+
+/* Copies an indirect table, so that it is read once whatever the driver does to it meanwhile. */
+static bool open_table(struct vq_device *vq, uint16_t head, struct vring_desc_value desc)
+{
+	uint32_t most = vq->ring.num > VQ_INDIRECT_MAX ? vq->ring.num : VQ_INDIRECT_MAX;
+	struct iovec iov;
+	uint64_t at;
+	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
+
+	if (!vq->config.indirect)
+		return set_fault(vq, VQ_INDIRECT_REFUSED, head, 0);
+	if (desc.flags & DESC_NEXT) /* virtio 1.2, 2.7.5.3.1 */
+		return set_fault(vq, VQ_INDIRECT_NEXT, head, 0);
+	if (desc.length == 0 || desc.length % VRING_DESC_SIZE || desc.length / VRING_DESC_SIZE > most)
+		return set_fault(vq, VQ_INDIRECT_SIZE, head, desc.length);
+	if (iova_translate(vq->config.map, &vq->hint, desc.address, desc.length, IOVA_RO, &one) == 0)
+		memcpy(vq->table, iov.iov_base, desc.length);
+	else if (iova_read(vq->config.map, desc.address, vq->table, desc.length))
+		return set_fault(vq, VQ_INDIRECT_UNMAPPED, head, desc.address);
+	return true;
+}
+
+/* Appends one buffer to the chain; *full when its pieces do not fit. */
+static bool append(struct vq_device *vq, struct vq_chain *chain, struct vring_desc_value desc, uint32_t step,
+		   struct iova_pieces *pieces, bool *full)
+{
+	bool write = desc.flags & DESC_WRITE;
+	size_t before = pieces->used;
+	int error;
+
+	if (!write && chain->writable_pieces) /* virtio 1.2, 2.7.4.2 */
+		return set_fault(vq, VQ_CHAIN_ORDER, chain->head, step);
+	error = iova_translate(vq->config.map, &vq->hint, desc.address, desc.length, write ? IOVA_WO : IOVA_RO, pieces);
+	if (error == -ENOSPC) {
+		*full = true;
+		return false;
+	}
+	if (error)
+		return set_fault(vq, VQ_CHAIN_UNMAPPED, chain->head, desc.address);
+	if (write) {
+		chain->writable_pieces += (uint32_t)(pieces->used - before);
+		chain->writable += desc.length;
+	} else {
+		chain->readable_pieces += (uint32_t)(pieces->used - before);
+		chain->readable += desc.length;
+	}
+	if (chain->readable + chain->writable > UINT64_C(1) << 32) /* virtio 1.2, 2.7.5.2 */
+		return set_fault(vq, VQ_CHAIN_BYTES, chain->head, chain->readable + chain->writable);
+	return true;
+}
+
+/* Reads every descriptor of a chain once. False: a fault is set, or *full. */
+static bool walk(struct vq_device *vq, struct vq_chain *chain, struct iova_pieces *pieces, bool *full)
+{
+	uint32_t limit = vq->ring.num, index = chain->head;
+	bool inside = false;
+
+	for (uint32_t step = 0;; step++) {
+		struct vring_desc_value desc;
+
+		if (step == limit)
+			return set_fault(vq, VQ_CHAIN_LONG, chain->head, limit);
+		desc = inside ? desc_value(vq->table[2 * index], vq->table[2 * index + 1]) :
+				vring_desc_load(&vq->ring, index);
+		if (desc.flags & DESC_INDIRECT) {
+			if (inside) /* virtio 1.2, 2.7.5.3.1 */
+				return set_fault(vq, VQ_INDIRECT_NESTED, chain->head, 0);
+			if (!open_table(vq, chain->head, desc))
+				return false;
+			inside = true;
+			limit = desc.length / VRING_DESC_SIZE;
+			index = 0;
+			step = UINT32_MAX; /* the table counts from 0 again */
+			continue;
+		}
+		if (!append(vq, chain, desc, step, pieces, full))
+			return false;
+		if (!(desc.flags & DESC_NEXT))
+			return true;
+		if (desc.next >= limit)
+			return set_fault(vq, VQ_NEXT_RANGE, index, desc.next);
+		index = desc.next;
+	}
+}
+
+size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces)
+{
+	size_t count = 0;
+	uint32_t ready;
+
+	if (!usable(vq))
+		return 0;
+	ready = (uint16_t)(vq->avail_seen - vq->next_avail);
+	if (ready < limit)
+		ready = waiting(vq);
+	while (count < limit && count < ready) {
+		uint16_t head = ring16_load(avail_slot(&vq->ring, vq->next_avail), memory_order_relaxed);
+		struct vq_chain chain = { .first = pieces->used, .head = head };
+		uint64_t bit = UINT64_C(1) << (head % 64);
+		bool full = false;
+
+		if (head >= vq->ring.num) {
+			set_fault(vq, VQ_HEAD_RANGE, vq->next_avail, head);
+			break;
+		}
+		if (vq->busy[head / 64] & bit) {
+			set_fault(vq, VQ_HEAD_BUSY, vq->next_avail, head);
+			break;
+		}
+		if (!walk(vq, &chain, pieces, &full)) {
+			pieces->used = chain.first;
+			if (full && chain.first == 0)
+				set_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
+			break;
+		}
+		vq->busy[head / 64] |= bit;
+		vq->in_flight++;
+		vq->next_avail++;
+		chains[count++] = chain;
+	}
+	if (!sound(vq))
+		return 0;
+	return count;
+}
+
+/* Whether the driver wants to know that used->idx went from `before` to the current one. */
+static bool call_due(struct vq_device *vq, uint16_t before)
+{
+	bool always = vq->call_always;
+
+	vq->call_always = false;
+	/* pair [D]: full fence, used->idx is stored before the driver's wish is read. virtio 1.2, 2.7.7 */
+	atomic_thread_fence(memory_order_seq_cst);
+	if (!vq->config.event_idx)
+		return !(ring16_load(avail_flags(&vq->ring), memory_order_relaxed) & RING_NO_NOTIFY);
+	return passes_event(ring16_load(used_event(&vq->ring), memory_order_relaxed), vq->used_idx, before) || always;
+}
+
+int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t count)
+{
+	uint16_t before = vq->used_idx;
+	size_t i;
+	bool due = false;
+
+	if (!usable(vq))
+		return -EPROTO;
+	for (i = 0; i < count; i++) {
+		uint16_t head = done[i].head;
+		uint64_t bit = UINT64_C(1) << (head % 64);
+		_Atomic uint32_t *slot = used_slot(&vq->ring, vq->used_idx);
+
+		if (head >= vq->ring.num || !(vq->busy[head / 64] & bit))
+			break;
+		vq->busy[head / 64] &= ~bit;
+		vq->in_flight--;
+		atomic_store_explicit(&slot[0], htole32(head), memory_order_relaxed);
+		atomic_store_explicit(&slot[1], htole32(done[i].written), memory_order_relaxed);
+		vq->used_idx++;
+	}
+	if (vq->used_idx != before) {
+		/* pair [C]: release, entries and the data written before are visible with the index. virtio 1.2, 2.7.8.2 */
+		ring16_store(used_idx(&vq->ring), vq->used_idx, memory_order_release);
+		due = call_due(vq, before);
+	}
+	if (!sound(vq))
+		return -EPROTO;
+	return i < count ? -EINVAL : due;
+}
+
+int vq_device_enable_kick(struct vq_device *vq)
+{
+	int more;
+
+	if (!usable(vq))
+		return -EPROTO;
+	ring16_store(used_flags(&vq->ring), 0, memory_order_relaxed);
+	if (vq->config.event_idx)
+		ring16_store(avail_event(&vq->ring), vq->next_avail, memory_order_relaxed);
+	/* pair [B]: full fence, the wish is stored before avail->idx is read again. virtio 1.2, 2.7.10 */
+	atomic_thread_fence(memory_order_seq_cst);
+	more = waiting(vq) != 0;
+	return sound(vq) && vq->fault.code == VQ_OK ? more : -EPROTO;
+}
+
+void vq_device_disable_kick(struct vq_device *vq)
+{
+	if (!usable(vq))
+		return;
+	if (vq->config.event_idx) /* an index just passed comes again after 65535 more */
+		ring16_store(avail_event(&vq->ring), (uint16_t)(vq->next_avail - 1), memory_order_relaxed);
+	else
+		ring16_store(used_flags(&vq->ring), RING_NO_NOTIFY, memory_order_relaxed);
+	(void)sound(vq);
+}

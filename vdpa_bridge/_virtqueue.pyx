@@ -1,0 +1,648 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, binding=False
+"""The native rings, bound; `_virtqueue.pyi` documents every name here.
+
+Rule: convert and check Python values, keep what C points into alive, hold no ring logic. Batches cross once. The GIL is
+released for file I/O only: everything else is shorter than giving it up and taking it back.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSPC, EPROTO
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+from posix.unistd cimport usleep
+
+from os import strerror
+from types import GenericAlias
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "iova.h" nogil:
+    enum: IOVA_RO, IOVA_WO, IOVA_RW
+    struct iova_region:
+        uint64_t iova, last
+        void *host
+        uint32_t perm
+    struct iova_map:
+        iova_region *regions
+        size_t count
+        uint64_t generation
+    struct iova_pieces:
+        iovec *iov
+        uint64_t *iova
+        size_t used, capacity
+    void iova_map_init(iova_map *map)
+    void iova_map_destroy(iova_map *map)
+    int iova_map_add(iova_map *map, uint64_t iova, uint64_t size, void *host, uint32_t perm)
+    long iova_map_remove(iova_map *map, uint64_t iova, uint64_t size)
+    void iova_map_clear(iova_map *map)
+    int iova_refresh(const iova_map *map, iovec *iov, const uint64_t *iova, size_t count, uint32_t perm)
+    int iova_read(const iova_map *map, uint64_t iova, void *to, uint64_t length)
+    int iova_write(const iova_map *map, uint64_t iova, const void *source, uint64_t length)
+    bint iova_map_poisoned(const iova_map *map)
+
+cdef extern from "guard.h" nogil:
+    int guard_add(void *address, uint64_t size)
+    int guard_remove(void *address)
+    int guard_poisoned(const void *address)
+    uint64_t guard_events()
+
+cdef extern from "chain.h" nogil:
+    struct chain_part:
+        const iovec *iov
+        size_t count
+    uint64_t chain_gather(chain_part source, uint64_t offset, void *to, uint64_t length)
+    uint64_t chain_scatter(chain_part to, uint64_t offset, const void *source, uint64_t length)
+    uint64_t chain_zero(chain_part to, uint64_t offset, uint64_t length)
+    uint64_t chain_copy(chain_part to, uint64_t to_offset, chain_part source, uint64_t offset, uint64_t length)
+    int64_t chain_from_file(chain_part to, int fd, int64_t file_offset, uint64_t skip, uint64_t length)
+    int64_t chain_to_file(chain_part source, int fd, int64_t file_offset, uint64_t skip, uint64_t length)
+
+cdef extern from "virtqueue.h" nogil:
+    enum: VQ_OK, VQ_INDIRECT_MAX, VRING_MAX_NUM
+    bint vring_num_valid(uint32_t num)
+    struct vq_fault:
+        int code
+    int vq_fault_describe(const vq_fault *fault, char *text, size_t size)
+
+    struct vq_chain:
+        size_t first
+        uint32_t readable_pieces, writable_pieces
+        uint64_t readable, writable
+        uint16_t head
+    struct vq_used:
+        uint32_t written
+        uint16_t head
+    struct vq_device_config:
+        const iova_map *map
+        uint64_t desc, avail, used
+        uint32_t num
+        uint16_t base
+        bint event_idx, indirect
+    struct vq_device:
+        vq_device_config config
+        uint16_t next_avail, used_idx
+        uint32_t in_flight
+        vq_fault fault
+    int vq_device_init(vq_device *vq, const vq_device_config *config)
+    void vq_device_destroy(vq_device *vq)
+    size_t vq_device_pop(vq_device *vq, vq_chain *chains, size_t limit, iova_pieces *pieces)
+    int vq_device_push(vq_device *vq, const vq_used *done, size_t count)
+    int vq_device_enable_kick(vq_device *vq)
+    void vq_device_disable_kick(vq_device *vq)
+
+    struct vq_layout_t "vq_layout":
+        uint64_t desc, avail, used, tables, size
+    vq_layout_t vq_layout(uint32_t num, uint32_t table_entries)
+    struct vq_buffer:
+        uint64_t iova
+        uint32_t length
+    struct vq_done:
+        uint64_t token
+        uint32_t written
+        uint16_t head
+    struct vq_driver_config:
+        void *area
+        uint64_t iova
+        uint32_t num, table_entries
+        uint16_t base
+        bint event_idx
+    struct vq_driver:
+        vq_driver_config config
+        uint32_t free, in_flight
+        vq_fault fault
+    int vq_driver_init(vq_driver *vq, const vq_driver_config *config)
+    void vq_driver_destroy(vq_driver *vq)
+    int vq_driver_add(vq_driver *vq, const vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
+    int vq_driver_publish(vq_driver *vq)
+    size_t vq_driver_reap(vq_driver *vq, vq_done *done, size_t limit)
+    int vq_driver_enable_call(vq_driver *vq)
+    void vq_driver_disable_call(vq_driver *vq)
+
+PERM_RO = IOVA_RO
+PERM_WO = IOVA_WO
+PERM_RW = IOVA_RW
+
+cdef enum:
+    BATCH = 64  # chains per crossing into C
+    INLINE = 4  # pieces a Chain holds without memory of its own
+    PIECES = 2048  # pieces per pop, so that one chain of VQ_INDIRECT_MAX buffers always fits
+    PATIENCE = 50_000  # x 100 us: how long a change of the map waits for I/O
+
+
+cdef object fault_text(const vq_fault *fault):
+    cdef char text[160]
+    if fault.code == VQ_OK:
+        return None
+    vq_fault_describe(fault, text, sizeof(text))
+    return (<bytes> text).decode()
+
+
+cdef object broken_error(const vq_fault *fault):
+    return OSError(EPROTO, f"virtqueue is broken: {fault_text(fault)}")
+
+
+cdef uint32_t checked_num(object num, object base) except 0:
+    if not 0 < num <= VRING_MAX_NUM or not vring_num_valid(num):
+        raise ValueError(f"ring size {num} is not a power of 2 up to {VRING_MAX_NUM}")
+    if not 0 <= base <= 0xFFFF:
+        raise ValueError(f"base {base} is not a 16-bit index")
+    return num
+
+
+@cython.final
+cdef class IovaMap:
+    cdef iova_map map
+    cdef int busy  # I/O in progress without the GIL
+
+    def __cinit__(self):
+        iova_map_init(&self.map)
+
+    def __dealloc__(self):
+        iova_map_destroy(&self.map)
+
+    cdef int settle(self) except -1:
+        cdef int left = PATIENCE
+        while self.busy:
+            if left == 0:
+                raise OSError(EBUSY, "I/O on this memory did not end within 5 s")
+            left -= 1
+            with nogil:
+                usleep(100)
+        return 0
+
+    cdef int unpoisoned(self, uint64_t before) except -1:
+        if guard_events() != before and iova_map_poisoned(&self.map):
+            raise OSError(EFAULT, "shared memory was truncated by its owner")
+        return 0
+
+    def add(self, uint64_t iova, uint64_t size, uintptr_t address, uint32_t perm):
+        self.settle()
+        cdef int error = -iova_map_add(&self.map, iova, size, <void *> address, perm)
+        if error:
+            reason = "overlaps a region" if error == EEXIST else strerror(error)
+            raise OSError(error, f"map IOVA 0x{iova:x} size 0x{size:x} address 0x{address:x} perm {perm}: {reason}")
+
+    def remove(self, uint64_t iova, uint64_t size):
+        self.settle()
+        cdef long removed = iova_map_remove(&self.map, iova, size)
+        if removed < 0:
+            raise OSError(-removed, f"unmap IOVA 0x{iova:x} size 0x{size:x}: empty, or wraps")
+        return removed
+
+    def clear(self):
+        self.settle()
+        iova_map_clear(&self.map)
+
+    def read(self, uint64_t iova, Py_ssize_t length):
+        if length < 0:
+            raise ValueError("negative length")
+        cdef uint64_t before = guard_events()
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, length)
+        if iova_read(&self.map, iova, PyBytes_AS_STRING(out), length):
+            raise OSError(EFAULT, f"read of {length} bytes at IOVA 0x{iova:x}: not mapped for reading")
+        self.unpoisoned(before)
+        return out
+
+    def write(self, uint64_t iova, object data):
+        cdef uint64_t before = guard_events()
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if iova_write(&self.map, iova, view.buf, view.len):
+                raise OSError(EFAULT, f"write of {view.len} bytes at IOVA 0x{iova:x}: not mapped for writing")
+        finally:
+            PyBuffer_Release(&view)
+        self.unpoisoned(before)
+
+    def regions(self):
+        cdef list out = []
+        cdef size_t i
+        cdef iova_region *region
+        for i in range(self.map.count):
+            region = &self.map.regions[i]
+            # A region of 2^64 bytes has a size of 0 in 64 bits.
+            out.append((region.iova, <object> (region.last - region.iova) + 1, <uintptr_t> region.host, region.perm))
+        return out
+
+    @property
+    def poisoned(self):
+        return iova_map_poisoned(&self.map)
+
+    def __len__(self):
+        return self.map.count
+
+
+@cython.final
+@cython.freelist(256)
+cdef class Chain:
+    cdef IovaMap memory
+    cdef DeviceQueue queue
+    cdef bint live  # popped and not handed back
+    cdef vq_chain chain
+    cdef uint64_t generation
+    cdef iovec *iov
+    cdef uint64_t *iova
+    cdef iovec own_iov[INLINE]
+    cdef uint64_t own_iova[INLINE]
+
+    def __init__(self):
+        raise TypeError("chains come from DeviceQueue.pop_many()")
+
+    def __dealloc__(self):
+        if self.iov != self.own_iov:
+            free(self.iov)
+
+    cdef int fill(self, DeviceQueue queue, const vq_chain *chain, const iova_pieces *pieces) except -1:
+        cdef size_t count = <size_t> chain.readable_pieces + chain.writable_pieces
+        self.iov, self.iova = self.own_iov, self.own_iova
+        if count > INLINE:
+            self.iov = <iovec *> malloc(count * (sizeof(iovec) + sizeof(uint64_t)))
+            if self.iov == NULL:
+                raise MemoryError
+            self.iova = <uint64_t *> (self.iov + count)
+        memcpy(self.iov, pieces.iov + chain.first, count * sizeof(iovec))
+        memcpy(self.iova, pieces.iova + chain.first, count * sizeof(uint64_t))
+        self.memory, self.queue, self.chain, self.live = queue.memory, queue, chain[0], True
+        self.generation = queue.memory.map.generation
+        return 0
+
+    cdef int refresh(self) except -1:
+        """The pieces point into memory that is mapped now; before every access."""
+        if not self.live:
+            raise ValueError("the chain was handed back already")
+        if self.generation == self.memory.map.generation:
+            return 0
+        cdef size_t count = self.chain.readable_pieces
+        if iova_refresh(&self.memory.map, self.iov, self.iova, count, IOVA_RO) or iova_refresh(
+            &self.memory.map, self.iov + count, self.iova + count, self.chain.writable_pieces, IOVA_WO
+        ):
+            raise OSError(EFAULT, "memory of the chain is no longer mapped")
+        self.generation = self.memory.map.generation
+        return 0
+
+    cdef chain_part readable_part(self):
+        return chain_part(self.iov, self.chain.readable_pieces)
+
+    cdef chain_part writable_part(self):
+        return chain_part(self.iov + self.chain.readable_pieces, self.chain.writable_pieces)
+
+    @property
+    def head(self):
+        return self.chain.head
+
+    @property
+    def readable(self):
+        return self.chain.readable
+
+    @property
+    def writable(self):
+        return self.chain.writable
+
+    def read(self, uint64_t offset=0, length=None):
+        self.refresh()
+        cdef uint64_t before = guard_events()
+        cdef uint64_t size = rest(self.chain.readable, offset, length)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, size)
+        chain_gather(self.readable_part(), offset, PyBytes_AS_STRING(out), size)
+        self.memory.unpoisoned(before)
+        return out
+
+    def write(self, object data, uint64_t offset=0):
+        self.refresh()
+        cdef uint64_t before = guard_events()
+        cdef uint64_t done
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        done = chain_scatter(self.writable_part(), offset, view.buf, view.len)
+        PyBuffer_Release(&view)
+        self.memory.unpoisoned(before)
+        return done
+
+    def copy_from(self, Chain src not None, uint64_t src_offset=0, uint64_t dst_offset=0, length=None):
+        self.refresh()
+        src.refresh()
+        cdef uint64_t before = guard_events()
+        cdef uint64_t size = rest(src.chain.readable, src_offset, length)
+        cdef uint64_t done = chain_copy(self.writable_part(), dst_offset, src.readable_part(), src_offset, size)
+        self.memory.unpoisoned(before)
+        src.memory.unpoisoned(before)
+        return done
+
+    def zero(self, uint64_t offset=0, length=None):
+        self.refresh()
+        cdef uint64_t before = guard_events()
+        cdef uint64_t done = chain_zero(self.writable_part(), offset, rest(self.chain.writable, offset, length))
+        self.memory.unpoisoned(before)
+        return done
+
+    def preadv(self, int fd, int64_t file_offset, uint64_t skip=0, length=None):
+        self.refresh()
+        cdef uint64_t size = rest(self.chain.writable, skip, length)
+        cdef chain_part part = self.writable_part()
+        cdef int64_t done
+        self.memory.busy += 1
+        with nogil:
+            done = chain_from_file(part, fd, file_offset, skip, size)
+        self.memory.busy -= 1
+        if done < 0:
+            raise OSError(-done, strerror(-done))
+        return done
+
+    def pwritev(self, int fd, int64_t file_offset, uint64_t skip=0, length=None):
+        self.refresh()
+        cdef uint64_t size = rest(self.chain.readable, skip, length)
+        cdef chain_part part = self.readable_part()
+        cdef int64_t done
+        self.memory.busy += 1
+        with nogil:
+            done = chain_to_file(part, fd, file_offset, skip, size)
+        self.memory.busy -= 1
+        if done < 0:
+            raise OSError(-done, strerror(-done))
+        return done
+
+
+cdef uint64_t rest(uint64_t size, uint64_t offset, object length) except? 0:
+    """Bytes from `offset` to the end, at most `length` of them."""
+    cdef uint64_t left = size - offset if offset < size else 0
+    if length is None:
+        return left
+    return min(left, <uint64_t> length)
+
+
+@cython.final
+cdef class DeviceQueue:
+    cdef IovaMap memory
+    cdef vq_device vq
+    cdef iova_pieces pieces
+    cdef vq_chain chains[BATCH]
+    cdef vq_used *done
+
+    def __cinit__(
+        self, IovaMap memory not None, object num, uint64_t desc, uint64_t avail, uint64_t used,
+        *, object base=0, bint event_idx=False, bint indirect=True,
+    ):
+        cdef vq_device_config config
+        cdef uint32_t entries = checked_num(num, base)
+        cdef int error
+        config.map, config.num, config.base = &memory.map, entries, base
+        config.desc, config.avail, config.used = desc, avail, used
+        config.event_idx, config.indirect = event_idx, indirect
+        self.memory = memory
+        self.done = <vq_used *> malloc(entries * sizeof(vq_used))
+        self.pieces.capacity = PIECES + entries
+        self.pieces.iov = <iovec *> malloc(self.pieces.capacity * (sizeof(iovec) + sizeof(uint64_t)))
+        if self.done == NULL or self.pieces.iov == NULL:
+            raise MemoryError
+        self.pieces.iova = <uint64_t *> (self.pieces.iov + self.pieces.capacity)
+        error = -vq_device_init(&self.vq, &config)
+        if error == EINVAL:
+            raise ValueError(f"ring areas 0x{desc:x}, 0x{avail:x}, 0x{used:x} are not aligned to 16, 2 and 4 bytes")
+        if error == EFAULT:
+            raise OSError(EFAULT, fault_text(&self.vq.fault))
+        if error:
+            raise MemoryError
+
+    def __dealloc__(self):
+        vq_device_destroy(&self.vq)
+        free(self.pieces.iov)
+        free(self.done)
+
+    def pop_many(self, Py_ssize_t limit=64):
+        cdef list out = []
+        cdef size_t count, i
+        cdef Chain chain
+        while limit > 0:
+            self.pieces.used = 0
+            count = vq_device_pop(&self.vq, self.chains, min(limit, BATCH), &self.pieces)
+            if count == 0:
+                break
+            for i in range(count):
+                chain = Chain.__new__(Chain)
+                chain.fill(self, &self.chains[i], &self.pieces)
+                out.append(chain)
+            limit -= count
+        if not out and self.vq.fault.code != VQ_OK:
+            raise broken_error(&self.vq.fault)
+        return out
+
+    def push_many(self, completed):
+        cdef size_t count = 0
+        cdef int due
+        cdef Chain chain
+        cdef list taken = []
+        try:
+            for chain, written in completed:
+                if chain is None or not chain.live or chain.queue is not self:
+                    raise ValueError("not a chain in flight on this queue")
+                if not 0 <= written <= chain.chain.writable or written > 0xFFFFFFFF:
+                    raise ValueError(f"{written} bytes written, of {chain.chain.writable} writable")
+                chain.live = False
+                taken.append(chain)
+                self.done[count].head = chain.chain.head
+                self.done[count].written = written
+                count += 1
+        except BaseException:
+            for chain in taken:
+                chain.live = True
+            raise
+        due = vq_device_push(&self.vq, self.done, count)
+        if due == -EPROTO:
+            raise broken_error(&self.vq.fault)
+        assert due >= 0, "live chains are in flight"
+        return due > 0
+
+    def enable_kick(self):
+        cdef int more = vq_device_enable_kick(&self.vq)
+        if more < 0:
+            raise broken_error(&self.vq.fault)
+        return more > 0
+
+    def disable_kick(self):
+        vq_device_disable_kick(&self.vq)
+
+    @property
+    def num(self):
+        return self.vq.config.num
+
+    @property
+    def base(self):
+        return self.vq.next_avail
+
+    @property
+    def used_idx(self):
+        return self.vq.used_idx
+
+    @property
+    def in_flight(self):
+        return self.vq.in_flight
+
+    @property
+    def broken(self):
+        return fault_text(&self.vq.fault)
+
+
+@cython.final
+cdef class DriverQueue:
+    cdef vq_driver vq
+    cdef vq_layout_t layout
+    cdef vq_buffer *buffers
+    cdef size_t most  # buffers of the longest chain
+    cdef vq_done done[BATCH]
+    cdef list held  # token by head
+    cdef object owner
+
+    def __cinit__(
+        self, uintptr_t address, uint64_t size, uint64_t iova, object num,
+        *, object table_entries=0, bint event_idx=False, object base=0, object owner=None,
+    ):
+        cdef vq_driver_config config
+        cdef uint32_t entries = checked_num(num, base)
+        cdef int error
+        if not 0 <= table_entries <= VQ_INDIRECT_MAX:
+            raise ValueError(f"{table_entries} entries per indirect table, of at most {VQ_INDIRECT_MAX}")
+        self.layout = vq_layout(entries, table_entries)
+        if size < self.layout.size:
+            raise ValueError(f"ring area has {size} bytes, needs {self.layout.size}")
+        config.area, config.iova, config.num, config.base = <void *> address, iova, entries, base
+        config.table_entries, config.event_idx = table_entries, event_idx
+        self.owner, self.held = owner, [None] * entries
+        self.most = max(entries, <uint32_t> table_entries)
+        self.buffers = <vq_buffer *> malloc(self.most * sizeof(vq_buffer))
+        if self.buffers == NULL:
+            raise MemoryError
+        error = -vq_driver_init(&self.vq, &config)
+        if error == EINVAL:
+            raise ValueError(f"ring area at 0x{address:x}, IOVA 0x{iova:x} is not aligned to 16 bytes")
+        if error:
+            raise MemoryError
+
+    def __dealloc__(self):
+        vq_driver_destroy(&self.vq)
+        free(self.buffers)
+
+    def __class_getitem__(cls, item):
+        return GenericAlias(cls, item)
+
+    cdef size_t take(self, object segments, size_t count) except? 0:
+        for iova, length in segments:
+            if count == self.most:
+                raise ValueError(f"chain has more than {self.most} buffers")
+            if not 0 < length <= 0xFFFFFFFF:
+                raise ValueError(f"buffer of {length} bytes")
+            self.buffers[count].iova = iova
+            self.buffers[count].length = length
+            count += 1
+        return count
+
+    def add_many(self, requests):
+        cdef Py_ssize_t added = 0
+        cdef size_t readable, count
+        cdef int head
+        for device_reads, device_writes, token in requests:
+            readable = self.take(device_reads, 0)
+            count = self.take(device_writes, readable)
+            head = vq_driver_add(&self.vq, self.buffers, readable, count - readable, 0)
+            if head == -ENOSPC:
+                break
+            if head == -EPROTO:
+                raise broken_error(&self.vq.fault)
+            if head < 0:
+                raise ValueError(f"chain of {count} buffers: none, too many, or more than 2^32 bytes")
+            self.held[head] = token
+            added += 1
+        return added
+
+    def publish(self):
+        cdef int due = vq_driver_publish(&self.vq)
+        if due < 0:
+            raise broken_error(&self.vq.fault)
+        return due > 0
+
+    def reap(self, Py_ssize_t limit=64):
+        cdef list out = []
+        cdef size_t count, i
+        while limit > 0:
+            count = vq_driver_reap(&self.vq, self.done, min(limit, BATCH))
+            for i in range(count):
+                out.append((self.held[self.done[i].head], self.done[i].written))
+                self.held[self.done[i].head] = None
+            if count < BATCH:
+                break
+            limit -= count
+        if not out and self.vq.fault.code != VQ_OK:
+            raise broken_error(&self.vq.fault)
+        return out
+
+    def enable_call(self):
+        cdef int more = vq_driver_enable_call(&self.vq)
+        if more < 0:
+            raise broken_error(&self.vq.fault)
+        return more > 0
+
+    def disable_call(self):
+        vq_driver_disable_call(&self.vq)
+
+    @property
+    def num(self):
+        return self.vq.config.num
+
+    @property
+    def desc(self):
+        return self.vq.config.iova + self.layout.desc
+
+    @property
+    def avail(self):
+        return self.vq.config.iova + self.layout.avail
+
+    @property
+    def used(self):
+        return self.vq.config.iova + self.layout.used
+
+    @property
+    def free(self):
+        return self.vq.free
+
+    @property
+    def in_flight(self):
+        return self.vq.in_flight
+
+    @property
+    def broken(self):
+        return fault_text(&self.vq.fault)
+
+
+def guard(uintptr_t address, uint64_t size):
+    cdef int error = -guard_add(<void *> address, size)
+    if error in (EINVAL, EEXIST):
+        reason = "overlaps a guarded mapping" if error == EEXIST else "empty, or not page aligned"
+        raise ValueError(f"guard 0x{address:x} size 0x{size:x}: {reason}")
+    if error:
+        raise OSError(error, strerror(error))
+
+
+def unguard(uintptr_t address):
+    if guard_remove(<void *> address):
+        raise ValueError(f"no guarded mapping starts at 0x{address:x}")
+
+
+def poisoned(uintptr_t address):
+    cdef int state = guard_poisoned(<void *> address)
+    if state < 0:
+        raise ValueError(f"no guarded mapping starts at 0x{address:x}")
+    return state > 0
+
+
+def ring_layout(num, table_entries=0):
+    cdef uint32_t entries = checked_num(num, 0)
+    if not 0 <= table_entries <= VQ_INDIRECT_MAX:
+        raise ValueError(f"{table_entries} entries per indirect table, of at most {VQ_INDIRECT_MAX}")
+    cdef vq_layout_t layout = vq_layout(entries, table_entries)
+    return layout.desc, layout.avail, layout.used, layout.tables, layout.size
