@@ -36,7 +36,7 @@ static size_t run(const struct cursor *at, uint64_t length, uint8_t **bytes)
 static void advance(struct cursor *at, size_t length)
 {
 	at->into += length;
-	if (at->into == at->part.iov->iov_len) {
+	while (at->part.count && at->into == at->part.iov->iov_len) { /* empty pieces are passed over */
 		at->part.iov++;
 		at->part.count--;
 		at->into = 0;

@@ -197,7 +197,7 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 		ready = waiting(vq);
 	while (count < limit && count < ready) {
 		uint16_t head = ring16_load(avail_slot(&vq->ring, vq->next_avail), memory_order_relaxed);
-		struct vq_chain chain = { .first = pieces->used, .head = head };
+		struct vq_chain *chain = &chains[count]; /* built in place: a copy would wait for its own stores */
 		uint64_t bit = UINT64_C(1) << (head % 64);
 		bool full = false;
 
@@ -209,16 +209,17 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 			set_fault(vq, VQ_HEAD_BUSY, vq->next_avail, head);
 			break;
 		}
-		if (!walk(vq, &chain, pieces, &full)) {
-			pieces->used = chain.first;
-			if (full && chain.first == 0)
+		*chain = (struct vq_chain){ .first = pieces->used, .head = head };
+		if (!walk(vq, chain, pieces, &full)) {
+			pieces->used = chain->first;
+			if (full && chain->first == 0)
 				set_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
 			break;
 		}
 		vq->busy[head / 64] |= bit;
 		vq->in_flight++;
 		vq->next_avail++;
-		chains[count++] = chain;
+		count++;
 	}
 	if (!sound(vq))
 		return 0;
