@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A device in this process: any Model behind the operations."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import device_error
+from ..eventfd import EventFd
+from ..flags import BackendFeature as B
+from ..flags import Feature, Status
+from ..memory import IotlbTable, SharedMapping
+from ..models.base import RING_FEATURES, Model
+from ..ops import Op
+from ..virtqueue import DeviceQueue, IovaMap
+from ..wire import (
+    U32,
+    U64,
+    Empty,
+    EventFile,
+    IotlbBatchBegin,
+    IotlbBatchEnd,
+    IotlbInvalidate,
+    IotlbUpdate,
+    Iova,
+    IovaRange,
+    VringState,
+)
+from .base import ABSENT, NATIVE, Capability
+from .rules import Ring, RuledBackend, refuse
+from .runner import Runner, ServedQueue
+
+_log = logging.getLogger(__name__)
+
+
+class ModelDevice:
+    """A model that waits for a driver: one opening at a time, as with a character device."""
+
+    def __init__(self, model: Model, name: str) -> None:
+        self.model = model
+        self.name = name
+        self._busy = threading.Lock()
+
+    def open(self) -> ModelBackend:
+        """A fresh session; EBUSY while there is one."""
+        if not self._busy.acquire(blocking=False):
+            raise device_error(errno.EBUSY, "open", self.name, "somebody else has it open")
+        return ModelBackend(self.model, self.name, self._busy.release)
+
+    def close(self) -> None:
+        """Give the model's own resources back."""
+        self.model.close()
+
+
+class ModelBackend(RuledBackend):
+    """One opening of a model. Rings are served by a thread of their own."""
+
+    offered_backend_features = (
+        B.IOTLB_MSG_V2 | B.IOTLB_BATCH | B.IOTLB_ASID | B.SUSPEND | B.RESUME | B.ENABLE_AFTER_DRIVER_OK | B.IOTLB_PERSIST
+    )
+
+    def __init__(self, model: Model, name: str, on_close: Callable[[], None] = lambda: None) -> None:
+        super().__init__(name)
+        self._model = model
+        self._on_close = on_close
+        self.queue_size = model.queue_size
+        self._offered = model.features | RING_FEATURES
+        self._table: IotlbTable[SharedMapping] = IotlbTable(model.address_spaces)
+        self._maps = [IovaMap() for _ in range(model.address_spaces)]
+        self._config_call: EventFd | None = None
+        self._group_space = [0] * (max(model.groups, default=0) + 1)
+        self._runner = Runner(model, self._lock, self._ring_broke, name)
+
+    def capability(self, op: Op[Any, Any]) -> Capability:
+        """Native for whatever has a method."""
+        return Capability(NATIVE) if op in self._handlers else Capability(ABSENT, "a model has no such thing")
+
+    def facts(self) -> dict[str, object]:
+        """The model."""
+        return {"transport": "in this process", "model": type(self._model).__name__}
+
+    def close(self) -> None:
+        """Reset, unmap, let the next one open."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._on_reset(keep_mappings=False)
+            self._forget()
+            if self._config_call is not None:
+                self._config_call.close()
+        self._on_close()
+
+    # Life cycle --------------------------------------------------------------------------------------------------------
+
+    def _get_features(self, request: Empty) -> U64:
+        return U64(self._offered)
+
+    def _on_features(self, features: int) -> None:
+        """Bits that were not offered are dropped in silence, as vdpa_sim does."""
+
+    def _on_status(self, new: int, starts: bool) -> None:
+        if starts:
+            self._model.start(self._features & self._offered)
+            self._serve_enabled()
+            self._runner.start()
+
+    def _on_reset(self, keep_mappings: bool) -> None:
+        self._runner.stop()
+        self._group_space = [0] * len(self._group_space)
+        if not keep_mappings:
+            for space in self._maps:
+                space.clear()
+            for entry in self._table.clear():
+                entry.value.close()
+        if self._status:
+            self._model.reset()
+
+    def _get_device_id(self, request: Empty) -> U32:
+        return U32(self._model.device_id)
+
+    def _ring_broke(self, index: int, why: str) -> None:
+        _log.warning("%s: queue %d: %s; the device needs a reset", self.name, index, why)
+        self._status |= Status.NEEDS_RESET
+        self.config_changed()
+
+    # Configuration space -----------------------------------------------------------------------------------------------
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space, or the status, changed."""
+        with self._lock:
+            if self._config_call is not None:
+                self._runner.signal(self._config_call)
+
+    def _config_bytes(self) -> int:
+        return len(self._model.config())
+
+    def _read_config(self, offset: int, length: int) -> bytes:
+        return self._model.config()[offset : offset + length]
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        self._model.write_config(offset, data)
+
+    def _get_config_size(self, request: Empty) -> U32:
+        return U32(self._config_bytes())
+
+    def _set_config_call(self, request: EventFile) -> None:
+        old, self._config_call = self._config_call, EventFd.borrow(request.fd)
+        if old is not None:
+            old.close()
+
+    # Queues ------------------------------------------------------------------------------------------------------------
+
+    def _queues(self) -> int:
+        return self._model.queue_count
+
+    def _get_vqs_count(self, request: Empty) -> U32:
+        return U32(self._model.queue_count)
+
+    def _get_vring_base(self, request: VringState) -> VringState:
+        ring = self._ring(request.index)
+        served = self._runner.rings.get(request.index)
+        return VringState(request.index, served.queue.base if served and not self._suspended else ring.base)
+
+    def _on_event(self, index: int, ring: Ring) -> None:
+        if served := self._runner.rings.get(index):
+            served.call = ring.call
+            if served.kick is not ring.kick:
+                self._runner.rekick(index, ring.kick)
+
+    def _on_enable(self, index: int, ring: Ring) -> None:
+        if ring.enabled:
+            self._serve(index, ring)
+        elif served := self._runner.remove(index):
+            ring.base = served.queue.base
+
+    def _serve_enabled(self) -> None:
+        for index, ring in enumerate(self._rings):
+            if ring.enabled:
+                self._serve(index, ring)
+
+    def _serve(self, index: int, ring: Ring) -> None:
+        """Let a ring work from its base on."""
+        space = self._maps[self._group_space[self._group(index)]]
+        accepted = self._features & self._offered
+        try:
+            if ring.addr is None:
+                raise ValueError("enabled without an address")
+            queue = DeviceQueue(
+                space,
+                ring.num,
+                ring.addr.desc,
+                ring.addr.avail,
+                ring.addr.used,
+                base=ring.base,
+                event_idx=bool(accepted & Feature.RING_EVENT_IDX),
+                indirect=bool(accepted & Feature.RING_INDIRECT_DESC),
+            )
+        except (OSError, ValueError) as error:
+            self._ring_broke(index, str(error))
+            return
+        self._runner.add(index, ServedQueue(queue, ring.kick, ring.call))
+
+    def _on_suspend(self) -> None:
+        self._runner.paused = True
+        for index, served in self._runner.rings.items():
+            self._rings[index].base = served.queue.base
+
+    def _on_resume(self) -> None:
+        for index in list(self._runner.rings):
+            self._runner.remove(index)
+        self._runner.paused = False
+        self._serve_enabled()
+
+    # Address spaces and mappings ---------------------------------------------------------------------------------------
+
+    def _get_iova_range(self, request: Empty) -> IovaRange:
+        return IovaRange(Iova(self._table.first), Iova(self._table.last))
+
+    def _get_group_num(self, request: Empty) -> U32:
+        return U32(len(self._group_space))
+
+    def _get_as_num(self, request: Empty) -> U32:
+        return U32(self._model.address_spaces)
+
+    def _group(self, index: int) -> int:
+        return self._model.groups[index] if self._model.groups else 0
+
+    def _get_vring_group(self, request: VringState) -> VringState:
+        self._ring(request.index)
+        return VringState(request.index, self._group(request.index))
+
+    def _set_group_asid(self, request: VringState) -> None:
+        self._ring(request.index)
+        if request.index >= len(self._group_space) or request.num >= self._model.address_spaces:
+            raise refuse(errno.EINVAL)
+        self._group_space[request.index] = request.num
+
+    def _iotlb_update(self, request: IotlbUpdate) -> None:
+        self._need_owner()
+        self._table.check(request)
+        mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
+        self._table.add(request, mapping)
+        self._maps[request.asid].add(request.iova, request.size, mapping.address, request.perm)
+
+    def _iotlb_invalidate(self, request: IotlbInvalidate) -> None:
+        self._need_owner()
+        for entry in self._table.remove(request):
+            self._maps[request.asid].remove(entry.iova, entry.size)
+            entry.value.close()
+
+    def _iotlb_batch_begin(self, request: IotlbBatchBegin) -> None:
+        self._need_owner()
+        self._table.begin(request)
+
+    def _iotlb_batch_end(self, request: IotlbBatchEnd) -> None:
+        self._need_owner()
+        self._table.end(request)
+
+

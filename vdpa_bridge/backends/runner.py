@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The thread that serves the rings of a model: waits for kicks, hands batches to the model, signals calls.
+
+Rules of this file: every touch of a ring happens under the device's lock, so that an operation that holds the lock sees
+the rings at rest; calls are signalled without it, as a hostile driver can make that block. Kick eventfds are watched
+edge-triggered and never read, as the kernel does with them: each write is an event, and a peer that reads its own
+eventfd cannot make us block.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable
+
+from ..eventfd import EventFd
+from ..models.base import Model
+from ..virtqueue import Chain, DeviceQueue
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 0.05
+"""Seconds between attempts to free a thread that a full call eventfd blocks."""
+
+
+class ServedQueue:
+    """One working ring: the native queue, and the eventfds to and from its driver, which it does not own."""
+
+    def __init__(self, queue: DeviceQueue, kick: EventFd | None, call: EventFd | None) -> None:
+        self.queue = queue
+        self.kick = kick
+        self.call = call
+        self.call_due = False
+
+    def pop(self, limit: int = 64) -> list[Chain]:
+        """See ``models.base.Queue``."""
+        return self.queue.pop_many(limit)
+
+    def push(self, done: list[tuple[Chain, int]]) -> None:
+        """See ``models.base.Queue``."""
+        self.call_due |= self.queue.push_many(done)
+
+
+class Runner:
+    """Serves rings from ``start`` to ``stop``.
+
+    *broken* is called, under the lock, with the index of a ring that cannot go on and why.
+    Synchronization: everything public is called with *lock* held.
+    """
+
+    def __init__(self, model: Model, lock: threading.RLock, broken: Callable[[int, str], None], name: str) -> None:
+        self._model = model
+        self._lock = threading.Condition(lock)
+        self._broken = broken
+        self._name = name
+        self.rings: dict[int, ServedQueue] = {}
+        self.paused = False
+        self._pending: set[int] = set()
+        self._signals: list[EventFd] = []
+        self._epoll: select.epoll | None = None
+        self._wake = -1
+        self.running = False
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begin to serve; rings that are present already are looked at once without a kick."""
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._stopping = self.paused = False
+        self.running = True
+        for index, ring in self.rings.items():
+            self._watch(index, ring.kick)
+        threading.Thread(target=self._run, name=f"rings of {self._name}", daemon=True).start()
+
+    def add(self, index: int, ring: ServedQueue) -> None:
+        """A ring comes in."""
+        self.rings[index] = ring
+        if self.running:
+            self._watch(index, ring.kick)
+
+    def remove(self, index: int) -> ServedQueue | None:
+        """A ring goes."""
+        ring = self.rings.pop(index, None)
+        self._pending.discard(index)
+        if ring is not None:
+            self._unwatch(ring.kick)
+        return ring
+
+    def rekick(self, index: int, kick: EventFd | None) -> None:
+        """A working ring gets another kick eventfd; the caller closes the old one afterwards."""
+        ring = self.rings[index]
+        self._unwatch(ring.kick)
+        ring.kick = kick
+        if self.running:
+            self._watch(index, kick)
+
+    def signal(self, event: EventFd) -> None:
+        """Signal *event* from the thread, once it holds no lock."""
+        if self.running:
+            self._signals.append(event)
+            os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """Let the batch in hand finish, end the thread, forget the rings."""
+        if not self.running:
+            return
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        while self.running:
+            if not self._lock.wait(_PATIENCE):
+                for event in [ring.call for ring in self.rings.values()] + self._signals:
+                    if event is not None:
+                        event.free()
+        self.rings.clear()
+        self._pending.clear()
+
+    def _watch(self, index: int, kick: EventFd | None) -> None:
+        assert self._epoll is not None
+        if kick is not None:
+            self._epoll.register(kick.fd, select.EPOLLIN | select.EPOLLET)
+        self._pending.add(index)
+        os.eventfd_write(self._wake, 1)
+
+    def _unwatch(self, kick: EventFd | None) -> None:
+        if kick is not None and self._epoll is not None:
+            self._epoll.unregister(kick.fd)
+
+    def _run(self) -> None:
+        epoll, wake = self._epoll, self._wake
+        assert epoll is not None
+        while True:
+            events = epoll.poll(0 if self._pending and not self.paused else -1)
+            with self._lock:
+                if self._stopping:
+                    break
+                kicked = {fd for fd, _ in events}
+                if wake in kicked:
+                    os.eventfd_read(wake)
+                self._pending.update(i for i, ring in self.rings.items() if ring.kick is not None and ring.kick.fd in kicked)
+                if not self.paused:
+                    self._serve_pending()
+                signals, self._signals = self._signals, []
+            for event in signals:
+                event.signal()
+        with self._lock:
+            epoll.close()
+            os.close(wake)
+            self._epoll = None
+            self.running = False
+            self._lock.notify_all()
+
+    def _serve_pending(self) -> None:
+        ready, self._pending = self._pending, set()
+        for index in sorted(ready):
+            ring = self.rings.get(index)
+            if ring is None:
+                continue
+            try:
+                ring.queue.disable_kick()
+                self._model.process(self.rings, index)
+                if ring.queue.enable_kick():
+                    self._pending.add(index)
+            except Exception as error:  # a model or a driver at fault must not take the process down
+                if ring.queue.broken is None:
+                    _log.exception("%s: queue %d: the model failed", self._name, index)
+                self._break(index, str(error))
+        for index, ring in list(self.rings.items()):
+            if ring.call_due:
+                ring.call_due = False
+                if ring.call is not None:
+                    self._signals.append(ring.call)
+            if ring.queue.broken:
+                self._break(index, ring.queue.broken)
+
+    def _break(self, index: int, why: str) -> None:
+        if self.remove(index) is not None:
+            self._broken(index, why)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A device behind a vhost-user socket that speaks vDPA mode: operations go through verbatim (docs/vhost-user-vdpa.md).
+
+``call_many`` sends everything before it reads the first reply, so that a bring-up is a few round trips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import LocalProtocolError, RemoteProtocolError, device_error
+from ..flags import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature
+from ..ops import Call, Op, Rep, Req
+from ..vhost_user import messages
+from ..vhost_user.connection import Connection, Segment
+from ..vhost_user.framing import HEADER, frame
+from ..vhost_user.vdpa_mode import HELLO_OP, MAX_PAYLOAD, OUR_HELLO, check_hello, parse_reply, request_bytes
+from ..wire import U64
+from .base import NATIVE, Backend, Capability
+from .hints import hint
+from .vhost_user_legacy import VhostUserLegacy
+
+_REPLY_BUDGET = 65536
+"""Bytes of replies that may be under way: less than a socket buffer, so that neither side blocks the other."""
+_SEGMENT = 16384
+"""Bytes sent by one system call."""
+
+
+def open_vhost_user(
+    path: str, name: str = "", device_id: int | None = None, vdpa: str = "prefer", timeout: float = 5.0, queue_size: int = 256
+) -> Backend:
+    """Connect and settle the mode: vDPA where the peer offers it, else legacy unless *vdpa* is ``require``.
+
+    *device_id* and *queue_size* are what a legacy peer cannot tell; *timeout* in seconds holds for each answer.
+    """
+    name = name or f"vhost-user:{path}"
+    connection = Connection.open(path, name, timeout)
+    try:
+        features = U64.unpack(connection.ask(messages.GET_FEATURES.number)).value
+        offered = 0
+        if features & VHOST_USER_F_PROTOCOL_FEATURES:
+            offered = U64.unpack(connection.ask(messages.GET_PROTOCOL_FEATURES.number)).value
+        if vdpa != "off" and offered & ProtocolFeature.VDPA:
+            return VhostUserVdpa(connection)
+        if vdpa == "require":
+            raise RemoteProtocolError(f"{name}: the peer does not offer VHOST_USER_PROTOCOL_F_VDPA (protocol features {offered:#x})")
+        return VhostUserLegacy(connection, features, offered, device_id, queue_size)
+    except ValueError as error:
+        connection.close()
+        raise RemoteProtocolError(f"{name}: {error}") from None
+    except BaseException:
+        connection.close()
+        raise
+
+
+class VhostUserVdpa(Backend):
+    """One session in vDPA mode. Takes over the connection, which has asked for features and protocol features only."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.name = connection.name
+        self._connection = connection
+        ack = frame(messages.SET_PROTOCOL_FEATURES.number, U64(ProtocolFeature.VDPA).pack())
+        connection.send(ack + frame(HELLO_OP.number, OUR_HELLO.pack()), what="HELLO")
+        request, flags, payload = connection.reply("HELLO")
+        error, hello = parse_reply(HELLO_OP, request, flags, payload)
+        if hello is None:
+            raise RemoteProtocolError(f"{self.name}: the peer refuses HELLO with errno {error}")
+        check_hello(hello)
+        self._hello = hello
+
+    def call(self, op: Op[Req, Rep], request: Req) -> Rep:
+        """One round trip."""
+        data, fds = request_bytes(op, request)
+        if len(data) > HEADER.size + self._hello.max_payload:
+            raise LocalProtocolError(f"{op.name} on {self.name}: {len(data)} bytes, the peer takes {self._hello.max_payload}")
+        connection = self._connection
+        connection.send(data, fds, op.name)
+        error, reply = parse_reply(op, *connection.reply(op.name))
+        if reply is None:
+            raise device_error(error, op.name, self.name, hint(op, error))
+        return reply
+
+    def call_many(self, calls: Sequence[Call]) -> list[Any]:
+        """All requests first, then all replies, as far as the peer's limits allow."""
+        results: list[Any] = []
+        for part in self._portions(calls):
+            for data, fds in _segments(part):
+                self._connection.send(data, fds, f"{part[0][0].name} and {len(part) - 1} more requests")
+            for op, _ in part:
+                error, reply = parse_reply(op, *self._connection.reply(op.name))
+                results.append(device_error(error, op.name, self.name, hint(op, error)) if reply is None else reply)
+        return results
+
+    def _portions(self, calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
+        """Cut *calls* so that neither the peer's request limit nor our receive buffer is exceeded."""
+        start = budget = 0
+        for at, (_, request) in enumerate(calls):
+            need = 64 + request.room
+            if at > start and (at - start >= self._hello.max_requests or budget + need > _REPLY_BUDGET):
+                yield calls[start:at]
+                start, budget = at, 0
+            budget += need
+        if start < len(calls):
+            yield calls[start:]
+
+    def capability(self, op: Op[Any, Any]) -> Capability:
+        """Every operation has its message; what the device makes of it is the device's."""
+        return Capability(NATIVE)
+
+    def facts(self) -> dict[str, object]:
+        """Mode and limits."""
+        return {"transport": "vhost-user, vDPA mode", "revision": self._hello.revision, "max payload": self._hello.max_payload}
+
+    def close(self) -> None:
+        """Hang up; the peer resets the device then."""
+        self._connection.close()
+
+
+def _segments(calls: Sequence[Call]) -> Iterator[Segment]:
+    """As few sends as possible: a message that brings descriptors starts a new one, the next without follow in it."""
+    data = bytearray()
+    beside: tuple[int, ...] = ()
+    for op, request in calls:
+        more, fds = request_bytes(op, request)
+        if len(more) > HEADER.size + MAX_PAYLOAD:
+            raise LocalProtocolError(f"{op.name}: {len(more)} bytes are too many for one message")
+        if data and (fds or len(data) + len(more) > _SEGMENT):
+            yield bytes(data), beside
+            data.clear()
+            beside = ()
+        beside = beside or fds
+        data += more
+    if data:
+        yield bytes(data), beside
+

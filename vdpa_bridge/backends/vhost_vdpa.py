@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A device in the kernel: /dev/vhost-vdpa-N (drivers/vhost/vdpa.c).
+
+Operations are ioctls, IOTLB messages are writes of ``struct vhost_msg_v2``. What differs between kernel drivers and
+would show above is evened out here: mappings vanish with a reset unless IOTLB_PERSIST is acknowledged, requests that
+this kernel does not know are EOPNOTSUPP, and IOTLB errors say what was wrong (the kernel says EFAULT to all of them).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+from typing import Any
+
+from .. import _ioctl, ops
+from ..errors import device_error, reason
+from ..flags import BackendFeature
+from ..memory import IotlbTable, SharedMapping
+from ..ops import Op, Rep, Req
+from ..wire import (
+    EMPTY,
+    U8,
+    Empty,
+    IotlbInvalidate,
+    IotlbPayload,
+    IotlbUpdate,
+)
+from .base import ABSENT, NATIVE, Backend, Capability
+from .hints import hint
+
+ENOTSUPP = 524
+"""The kernel's internal errno that leaks from open() and mmap() of vhost-vdpa; libc has no name for it."""
+
+_OPEN_HINTS = {
+    errno.ENOENT: "no such device; `vdpa dev show` lists devices, /sys/bus/vdpa/devices/NAME/ names their nodes",
+    errno.EBUSY: "another process has it open",
+    errno.EACCES: "open needs read and write permission on the node",
+    errno.EIO: "the device does not answer; for VDUSE: its daemon is stuck or gone",
+    ENOTSUPP: "the device needs an IOMMU that this machine does not give it",
+}
+
+
+class VhostVdpa(Backend):
+    """One opening of /dev/vhost-vdpa-N. Takes over *fd* when one is given."""
+
+    def __init__(self, path: str, fd: int = -1) -> None:
+        self.name = path
+        self._table: IotlbTable[SharedMapping] | None = None
+        self._backend_features = 0
+        self._missing: set[Op[Any, Any]] = set()
+        self._owned: bool | None = False if fd < 0 else None  # None: whoever opened it may have taken it
+        if fd < 0:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as error:
+                raise device_error(error.errno or 0, "open", path, _OPEN_HINTS.get(error.errno or 0, "")) from None
+        self._fd = fd
+
+    def call(self, op: Op[Req, Rep], request: Req) -> Rep:
+        """One ioctl, or one write for an IOTLB operation."""
+        if op.msgtype is not None:
+            self._iotlb(op, request)
+            return EMPTY  # type: ignore[return-value]
+        if op.request is Empty:
+            buffer = bytearray(_ioctl.size(op.number) or 8)  # kernels that lack the request read from it before ENOTTY
+        else:
+            buffer = bytearray(request.pack())
+            if request.room:
+                buffer += bytes(request.room)
+        try:
+            fcntl.ioctl(self._fd, op.number, buffer)
+        except OSError as error:
+            raise self._explain(op, error.errno or errno.EIO) from None
+        if op is ops.SET_STATUS and buffer[0] == 0:
+            self._after_reset()
+        elif op is ops.SET_OWNER:
+            self._owned = True
+        elif op is ops.SET_BACKEND_FEATURES:
+            self._backend_features = int.from_bytes(buffer, "little")
+        if op.reply is Empty:
+            return EMPTY  # type: ignore[return-value]
+        return op.reply.unpack(buffer)
+
+    def _explain(self, op: Op[Any, Any], number: int) -> OSError:
+        if number == errno.ENOTTY:
+            self._missing.add(op)
+            return device_error(errno.EOPNOTSUPP, op.name, self.name, f"this kernel does not know it (since Linux {op.since})")
+        if number == errno.EOPNOTSUPP:
+            self._missing.add(op)
+        return device_error(number, op.name, self.name, hint(op, number))
+
+    # IOTLB ------------------------------------------------------------------------------------------------------
+
+    def _mappings(self) -> IotlbTable[SharedMapping]:
+        """The table, made on first use: the device's address spaces and IOVA range do not change."""
+        if self._table is None:
+            spaces, first, last = 1, 0, (1 << 64) - 1
+            try:
+                spaces = max(1, self.call(ops.GET_AS_NUM, EMPTY).value)
+                limits = self.call(ops.GET_IOVA_RANGE, EMPTY)
+                first, last = limits.first, limits.last
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+            self._table = IotlbTable(spaces, first, last)
+        return self._table
+
+    def _iotlb(self, op: Op[Any, Any], request: Any) -> None:
+        if self._owned is False:
+            raise device_error(errno.EPERM, op.name, self.name, hint(op, errno.EPERM))
+        table = self._mappings()
+        try:
+            if op is ops.IOTLB_UPDATE:
+                self._update(table, request)
+            elif op is ops.IOTLB_INVALIDATE:
+                for entry in table.inside(request):
+                    self._write(IotlbInvalidate(entry.iova, entry.size, entry.asid))
+                    table.remove(IotlbInvalidate(entry.iova, entry.size, entry.asid))
+                    entry.value.close()
+            elif op is ops.IOTLB_BATCH_BEGIN:
+                table.begin(request)
+                self._write(request)
+            else:
+                table.end(request)
+                self._write(request)
+        except OSError as error:
+            raise device_error(error.errno or errno.EFAULT, op.name, self.name, reason(error)) from None
+
+    def _update(self, table: IotlbTable[SharedMapping], request: IotlbUpdate) -> None:
+        table.check(request)
+        mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
+        try:
+            self._write(request, mapping.address)
+        except OSError as error:
+            mapping.close()
+            if error.errno != errno.EFAULT:
+                raise
+            raise self._why_efault(table, request) from None
+        table.add(request, mapping)
+
+    def _write(self, request: IotlbPayload, uaddr: int = 0) -> None:
+        os.write(self._fd, request.message(uaddr))
+
+    def _why_efault(self, table: IotlbTable[SharedMapping], request: IotlbUpdate) -> OSError:
+        """Put a name to the EFAULT that vhost_chr_write_iter makes of every error."""
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        pinned = sum(entry.size for entry in table) + request.size
+        if limit != resource.RLIM_INFINITY and pinned > limit:
+            return OSError(errno.ENOMEM, f"the device pins memory: {pinned} bytes with this mapping, RLIMIT_MEMLOCK allows {limit} (ulimit -l unlimited)")
+        return OSError(errno.EFAULT, "the kernel refuses the mapping: no owner (SET_OWNER), a descriptor that cannot be shared, or memory that cannot be pinned")
+
+    def _after_reset(self) -> None:
+        """Drop all mappings after a reset, unless they persist.
+
+        vdpa_sim forgets its own table then while vhost-vdpa remembers the ranges, others keep both; with this, all are alike.
+        """
+        if not self._backend_features & BackendFeature.IOTLB_PERSIST:
+            self._drop_mappings()
+
+    def _drop_mappings(self) -> None:
+        if self._table is None:
+            return
+        if self._table.batch is not None:
+            self._quietly(ops.IOTLB_BATCH_END.request(self._table.batch))
+        for entry in self._table.clear():
+            self._quietly(IotlbInvalidate(entry.iova, entry.size, entry.asid))
+            entry.value.close()
+
+    def _quietly(self, request: IotlbPayload) -> None:
+        try:
+            self._write(request)
+        except OSError:
+            pass  # the close that follows, or the reset before, has done it
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def capability(self, op: Op[Any, Any]) -> Capability:
+        """Native, unless the kernel or the device said no, or the back-end feature is not offered."""
+        if op in self._missing:
+            return Capability(ABSENT, "the device or this kernel does not have it")
+        if op.gate is not None:
+            offered = self.call(ops.GET_BACKEND_FEATURES, EMPTY).value
+            if not offered & op.gate:
+                return Capability(ABSENT, f"back-end feature {op.gate.name} not offered")
+        return Capability(NATIVE)
+
+    def facts(self) -> dict[str, object]:
+        """The node."""
+        return {"transport": "ioctls on the character device"}
+
+    def close(self) -> None:
+        """Unmap everything explicitly (VDUSE keeps stale maps otherwise), reset, close."""
+        if self._fd >= 0:
+            self._drop_mappings()
+            fd, self._fd = self._fd, -1
+            try:
+                fcntl.ioctl(fd, ops.SET_STATUS.number, bytearray(U8(0).pack()))
+            except OSError:
+                pass  # the kernel resets on close as well
+            finally:
+                os.close(fd)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Eventfds that somebody else owns too, and may misuse.
+
+A peer can fill the counter of an eventfd that it gave us, so that our write blocks. Hence ``signal`` is never called with
+a device's lock held, and ``close`` frees a writer that is stuck.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+
+_PATIENCE = 0.05
+"""Seconds that a writer may be stuck before its counter is drained."""
+
+
+class EventFd:
+    """Our own descriptor for an eventfd that *fd* lends. Synchronization: any thread."""
+
+    def __init__(self, fd: int) -> None:
+        """OSError EBADF when *fd* is not open, EINVAL when it is no eventfd, as the kernel's eventfd_fget says."""
+        try:
+            kind = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            raise OSError(errno.EBADF, f"descriptor {fd} is not open") from None
+        if "[eventfd]" not in kind:
+            raise OSError(errno.EINVAL, f"the descriptor is {kind}, not an eventfd")
+        self.fd = os.dup(fd)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def borrow(cls, fd: int) -> EventFd | None:
+        """None for -1, as "no eventfd" is written."""
+        return None if fd == -1 else cls(fd)
+
+    def signal(self) -> None:
+        """Add 1; nothing happens once closed."""
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def free(self) -> None:
+        """Drain a counter that keeps a writer waiting."""
+        if self.fd >= 0 and select.select([self.fd], [], [], 0)[0]:
+            os.read(self.fd, 8)
+
+    def close(self) -> None:
+        """Close; harmless when done before."""
+        while not self._lock.acquire(timeout=_PATIENCE):
+            self.free()
+        try:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+        finally:
+            self._lock.release()
+
+
+def kick(fd: int) -> None:
+    """Add 1 to an eventfd unless its counter is full, in which case there is an event waiting anyway."""
+    if select.select([], [fd], [], 0)[1]:
+        os.eventfd_write(fd, 1)

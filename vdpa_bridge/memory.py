@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Memory that a driver shares with a device, and the table of what is mapped where.
+
+Rules of this file: an IOVA and a process address never mix (they are different types); every mapping of a descriptor
+into this process is owned by one object that unmaps it once; the checks that the kernel makes on an IOTLB message are
+made here, for every home alike, since the kernel answers them all with one EFAULT (drivers/vhost/vdpa.c,
+vhost_vdpa_process_iotlb_msg under vhost_chr_write_iter).
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
+
+from . import _virtqueue
+from .wire import RO, RW, IotlbBatchBegin, IotlbBatchEnd, IotlbInvalidate, IotlbUpdate, Iova, ProcessAddress
+
+PAGE = 4096
+"""The granule of every mapping. Devices that pin memory map whole pages (kernel: vhost_vdpa_pa_map)."""
+
+U64_MAX = (1 << 64) - 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class SharedMapping:
+    """*size* bytes of *fd* from *offset* on, mapped MAP_SHARED into this process. Does not keep the descriptor.
+
+    A file that its owner shrinks later does not kill this process: the mapping is guarded (SIGBUS becomes zero pages
+    and ``poisoned`` turns True).
+    """
+
+    def __init__(self, fd: int, size: int, offset: int = 0, perm: int = RW) -> None:
+        length = os.fstat(fd).st_size
+        if offset + size > length:
+            raise OSError(errno.EINVAL, f"the descriptor holds {length:#x} bytes of memory, the mapping needs {offset + size:#x}: is it a memfd, and large enough?")
+        prot = mmap.PROT_READ if perm == RO else mmap.PROT_READ | mmap.PROT_WRITE
+        address = _libc.mmap(None, size, prot, mmap.MAP_SHARED, fd, offset)
+        if address == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"mmap of {size:#x} bytes at offset {offset:#x}: {os.strerror(number)}")
+        self.address = ProcessAddress(address)
+        self.size = size
+        _virtqueue.guard(address, size)
+
+    @property
+    def poisoned(self) -> bool:
+        """True once the memory behind the mapping went away under us."""
+        return bool(self.address) and _virtqueue.poisoned(self.address)
+
+    def close(self) -> None:
+        """Unmap; harmless when done before."""
+        if self.address:
+            address, self.address = self.address, ProcessAddress(0)
+            _virtqueue.unguard(address)
+            _libc.munmap(address, self.size)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of a Region: where the device finds it, and where we do. *data* is valid while the Region is open."""
+
+    iova: Iova
+    address: ProcessAddress
+    data: memoryview
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.data)
+
+
+class Region:
+    """A memfd, mapped here and to be mapped for a device at *iova*; buffers are carved from it and go with it.
+
+    Synchronization: allocate from one thread at a time.
+    """
+
+    def __init__(self, iova: Iova, size: int, name: str = "vdpa-bridge") -> None:
+        self.iova = iova
+        self.size = -(-size // PAGE) * PAGE
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, self.size)
+            self.mapping = SharedMapping(self.fd, self.size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._used = 0
+
+    def allocate(self, size: int, align: int = 64) -> Buffer:
+        """Carve *size* bytes, zeroed when never used before; MemoryError when the region is full."""
+        start = -(-self._used // align) * align
+        if start + size > self.size:
+            raise MemoryError(f"region of {self.size} bytes has {self.size - self._used} left, {size} wanted")
+        self._used = start + size
+        address = ProcessAddress(self.mapping.address + start)
+        view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+        return Buffer(Iova(self.iova + start), address, view)
+
+    def update(self, perm: int = RW, asid: int = 0) -> IotlbUpdate:
+        """The request that lets a device at this region."""
+        return IotlbUpdate(self.iova, self.size, self.fd, 0, perm, asid)
+
+    def close(self) -> None:
+        """Unmap and close; its buffers are dead afterwards."""
+        if self.fd >= 0:
+            self.mapping.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[V]):
+    """One mapping of an address space; *value* is whatever the back-end keeps for it."""
+
+    iova: Iova
+    size: int
+    perm: int
+    asid: int
+    value: V
+
+    @property
+    def last(self) -> int:
+        """Last address, inclusive."""
+        return self.iova + self.size - 1
+
+
+def _refuse(number: int, why: str) -> OSError:
+    return OSError(number, why)
+
+
+class IotlbTable(Generic[V]):
+    """What is mapped, per address space, with the kernel's rules and with errors that say which one was broken.
+
+    errno: EINVAL range, size, permission, alignment, address space, batch; EEXIST overlap.
+    """
+
+    def __init__(self, spaces: int = 1, first: int = 0, last: int = U64_MAX) -> None:
+        self.first, self.last = first, last
+        self.batch: int | None = None
+        self._spaces: list[list[Entry[V]]] = [[] for _ in range(spaces)]
+
+    def _space(self, asid: int) -> list[Entry[V]]:
+        if asid >= len(self._spaces):
+            raise _refuse(errno.EINVAL, f"address space {asid} does not exist, the device has {len(self._spaces)}")
+        if self.batch is not None and self.batch != asid:
+            raise _refuse(errno.EINVAL, f"a batch is open for address space {self.batch}, this message is for {asid}")
+        return self._spaces[asid]
+
+    def check(self, update: IotlbUpdate) -> None:
+        """Raise what is wrong with *update*, if anything."""
+        space = self._space(update.asid)
+        iova, size = update.iova, update.size
+        if size <= 0:
+            raise _refuse(errno.EINVAL, "size is 0")
+        if update.perm not in (1, 2, 3):
+            raise _refuse(errno.EINVAL, f"permission is {update.perm}, not 1 (RO), 2 (WO) or 3 (RW)")
+        if iova < self.first or iova + size - 1 > self.last:
+            raise _refuse(errno.EINVAL, f"[{iova:#x}, {iova + size - 1:#x}] leaves the IOVA range [{self.first:#x}, {self.last:#x}]")
+        for name, value in (("iova", iova), ("size", size), ("offset", update.offset)):
+            if value % PAGE:
+                raise _refuse(errno.EINVAL, f"{name} {value:#x} is not a multiple of {PAGE}")
+        at = bisect.bisect_right(space, iova, key=lambda entry: Iova(entry.last + 1))
+        if at < len(space) and space[at].iova <= iova + size - 1:
+            there = space[at]
+            raise _refuse(errno.EEXIST, f"[{iova:#x}, {iova + size - 1:#x}] overlaps [{there.iova:#x}, {there.last:#x}], which is mapped")
+
+    def add(self, update: IotlbUpdate, value: V) -> Entry[V]:
+        """Enter a mapping; checks first."""
+        self.check(update)
+        entry = Entry(update.iova, update.size, update.perm, update.asid, value)
+        bisect.insort(self._spaces[update.asid], entry, key=lambda e: e.iova)
+        return entry
+
+    def inside(self, request: IotlbInvalidate) -> list[Entry[V]]:
+        """The mappings that *request* takes away; EINVAL when it would cut one in two."""
+        space = self._space(request.asid)
+        if request.size <= 0:
+            raise _refuse(errno.EINVAL, "size is 0")
+        last = request.iova + request.size - 1
+        if last > U64_MAX:
+            raise _refuse(errno.EINVAL, f"[{request.iova:#x}, {last:#x}] wraps around")
+        hit = [e for e in space if e.iova <= last and e.last >= request.iova]
+        for e in hit:
+            if e.iova < request.iova or e.last > last:
+                raise _refuse(errno.EINVAL, f"[{request.iova:#x}, {last:#x}] cuts the mapping [{e.iova:#x}, {e.last:#x}]: invalidate exactly what was mapped")
+        return hit
+
+    def remove(self, request: IotlbInvalidate) -> list[Entry[V]]:
+        """Take the mappings inside *request* out, and return them."""
+        hit = self.inside(request)
+        space = self._spaces[request.asid]
+        for entry in hit:
+            space.remove(entry)
+        return hit
+
+    def begin(self, request: IotlbBatchBegin) -> None:
+        """Open a batch; opening it again for the same address space is allowed, as in the kernel."""
+        self._space(request.asid)
+        self.batch = request.asid
+
+    def end(self, request: IotlbBatchEnd) -> None:
+        """Close the batch; without one nothing happens, as in the kernel."""
+        self._space(request.asid)
+        self.batch = None
+
+    def clear(self) -> list[Entry[V]]:
+        """Forget everything, and return it."""
+        entries = list(self)
+        for space in self._spaces:
+            space.clear()
+        self.batch = None
+        return entries
+
+    def space(self, asid: int) -> list[Entry[V]]:
+        """The mappings of one address space, by IOVA."""
+        return list(self._spaces[asid])
+
+    def __iter__(self) -> Iterator[Entry[V]]:
+        return iter([entry for space in self._spaces for entry in space])
+
+    def __len__(self) -> int:
+        return sum(map(len, self._spaces))

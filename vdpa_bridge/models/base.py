@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What a device model is: an id, features, a configuration space, and something to do with chains.
+
+Rule of this file and of all models: nothing here knows sockets, ioctls, memory maps or eventfds. A model outlives the
+sessions of its drivers: what it stores stays, what a driver negotiated goes with the driver.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from ..flags import Feature
+from ..virtio.ids import DeviceId
+from ..virtqueue import Chain
+
+RING_FEATURES = Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
+"""What the rings under every model can do; offered with each model's own features."""
+
+
+class Queue(Protocol):
+    """The device's end of one virtqueue, as a model sees it."""
+
+    def pop(self, limit: int = 64) -> list[Chain]:
+        """Take up to *limit* chains that the driver made available; empty when there are none."""
+
+    def push(self, done: list[tuple[Chain, int]]) -> None:
+        """Give chains back, each with the number of bytes written into it, and interrupt the driver if it wants that."""
+
+
+class Model(ABC):
+    """A virtio device.
+
+    Synchronization: the kit calls a model from one thread at a time, never concurrently.
+    """
+
+    device_id: ClassVar[DeviceId]
+    queue_size: ClassVar[int] = 256
+    """Largest ring of any queue."""
+
+    features: int
+    """The device type's own feature bits; RING_FEATURES come on top."""
+    queue_count: int
+    """How many virtqueues there are."""
+    groups: tuple[int, ...] = ()
+    """The group of each queue; empty for group 0 throughout. Groups can be put into different address spaces."""
+    address_spaces: int = 1
+    """How many address spaces there are."""
+
+    @abstractmethod
+    def config(self) -> bytes:
+        """The configuration space as the driver reads it now."""
+
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - most devices ignore writes
+        """The driver wrote *data* at *offset*; the range lies inside the configuration space."""
+
+    def start(self, features: int) -> None:  # noqa: B027 - most models need no notice
+        """The driver is ready (DRIVER_OK), with *features* accepted."""
+
+    def reset(self) -> None:  # noqa: B027
+        """The driver reset the device."""
+
+    @abstractmethod
+    def process(self, queues: Mapping[int, Queue], index: int) -> None:
+        """Queue *index* may hold chains: serve a batch of them. *queues* are those that work now.
+
+        Called again when chains are left, so that no queue starves another.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """The device goes away; give back files."""

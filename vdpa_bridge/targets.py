@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Targets: how a user names a device, wherever it lives.
+
+    /dev/vhost-vdpa-N                 a kernel device by its node
+    vdpa:NAME                         a kernel device by its name on the vdpa bus
+    vhost-user:PATH[?type=blk&vdpa=prefer|require|off&timeout=5&queue-size=256]
+    model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..]
+
+Rule of this file: the only place where a string decides which home a device has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from .backends.base import Backend
+from .backends.model import ModelDevice
+from .backends.vhost_user import open_vhost_user
+from .backends.vhost_vdpa import VhostVdpa
+from .device import Device
+from .models import make_model
+from .virtio.ids import parse_device_id
+
+GRAMMAR = (
+    "a target is /dev/vhost-vdpa-N, vdpa:NAME, vhost-user:PATH[?type=blk&vdpa=require|prefer|off], "
+    "model:blk?file=PATH, model:blk?size=256M or model:net"
+)
+
+
+@dataclass
+class Target:
+    """A parsed target. ``open`` gives one session with the device; a model lives as long as its target."""
+
+    text: str
+    scheme: str
+    place: str
+    options: dict[str, str] = field(default_factory=dict)
+    _model: ModelDevice | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """ValueError that shows the grammar when *text* is no target."""
+        scheme, colon, rest = text.partition(":")
+        if not colon or "/" in scheme:
+            return cls(text, "path", text)
+        place, _, query = rest.partition("?")
+        try:
+            options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+        except ValueError:
+            raise ValueError(f"{text}: options are written ?key=value&key=value, not ?{query}") from None
+        if scheme not in ("vdpa", "vhost-user", "model") or not place:
+            raise ValueError(f"{text}: {GRAMMAR}")
+        known = {"vdpa": set[str](), "vhost-user": {"type", "vdpa", "timeout", "queue-size"}}.get(scheme)
+        if known is not None and (unknown := set(options) - known):
+            choices = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"{text}: unknown option {', '.join(sorted(unknown))}; there is: {choices}")
+        return cls(text, scheme, place, options)
+
+    def open(self) -> Backend:
+        """One session with the device. OSError and ProtocolError as the home has them, ValueError for wrong options."""
+        if self.scheme == "model":
+            if self._model is None:
+                self._model = ModelDevice(make_model(self.place, self.options), self.text)
+            return self._model.open()
+        if self.scheme == "vhost-user":
+            return self._open_socket(self.place)
+        path = f"/dev/{_node_of(self.place)}" if self.scheme == "vdpa" else self.place
+        mode = os.stat(path).st_mode if os.path.exists(path) else 0
+        if stat.S_ISSOCK(mode):
+            return self._open_socket(path)
+        if mode and not stat.S_ISCHR(mode):
+            raise ValueError(f"{path} is neither a character device nor a socket; {GRAMMAR}")
+        return VhostVdpa(path)
+
+    def _open_socket(self, path: str) -> Backend:
+        kind = self.options.get("type")
+        mode = self.options.get("vdpa", "prefer")
+        if mode not in ("require", "prefer", "off"):
+            raise ValueError(f"{self.text}: vdpa={mode}; it is require, prefer or off")
+        return open_vhost_user(
+            path,
+            name=self.text,
+            device_id=parse_device_id(kind) if kind else None,
+            vdpa=mode,
+            timeout=_number(self.text, "timeout", self.options.get("timeout", "5")),
+            queue_size=int(_number(self.text, "queue-size", self.options.get("queue-size", "256"))),
+        )
+
+    def close(self) -> None:
+        """Let a model go; sessions are closed by those who opened them."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+
+def _number(text: str, key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{text}: {key}={value} is not a number") from None
+
+
+def _node_of(name: str) -> str:
+    """``vhost-vdpa-3`` for a device on the vdpa bus."""
+    bus = Path("/sys/bus/vdpa/devices")
+    if not bus.is_dir():
+        raise FileNotFoundError(f"vdpa:{name}: this kernel has no vdpa bus (modprobe vdpa vhost-vdpa)")
+    device = bus / name
+    if not re.fullmatch(r"[\w.:-]+", name) or not device.is_dir():
+        present = ", ".join(sorted(p.name for p in bus.iterdir())) or "none"
+        raise FileNotFoundError(f"vdpa:{name}: no such device; there is: {present}")
+    for entry in device.iterdir():
+        if entry.name.startswith("vhost-vdpa-"):
+            return entry.name
+    driver = (device / "driver").resolve().name
+    raise FileNotFoundError(f"vdpa:{name} has no node: it is bound to {driver}, not to vhost_vdpa")
+
+
+def connect(text: str) -> Device:
+    """The device behind a target. Closing it ends the session (and the model, for ``model:`` targets)."""
+    target = Target.parse(text)
+    return Device(target.open(), target.close)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The front-end's socket: sends messages, receives replies, never waits for ever.
+
+The socket stays in blocking mode with kernel timeouts (SO_RCVTIMEO): a poll before every call would cost as much as the
+call itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+from ..errors import LocalProtocolError, PeerClosed, PeerTimeout, RemoteProtocolError, device_error
+from .framing import HEADER, MAX_FDS, NEED_REPLY, REPLY, VERSION, VERSION_MASK, frame
+from .messages import message_name
+
+_CHUNK = 65536
+_OPEN_HINTS = {
+    errno.ENOENT: "nothing has made this socket; is the back-end running?",
+    errno.ECONNREFUSED: "the socket is there but nobody listens: its back-end is gone",
+    errno.EACCES: "connecting needs write permission on the socket",
+    errno.ENOTSOCK: "this is not a UNIX socket",
+    errno.EAGAIN: "the back-end does not accept the connection; most serve one client at a time",
+}
+
+Segment = tuple[bytes, tuple[int, ...]]
+"""Bytes to send, and the descriptors that go with the first of them."""
+
+
+class Connection:
+    """A connected vhost-user socket. *name* and *timeout* (seconds for each answer) go into every error.
+
+    Synchronization: one thread at a time.
+    """
+
+    def __init__(self, sock: socket.socket, name: str, timeout: float = 5.0) -> None:
+        self.name = name
+        self.timeout = timeout
+        self._sock = sock
+        self._buffer = b""
+        self._dead: RemoteProtocolError | None = None
+        limit = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6))
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    @classmethod
+    def open(cls, path: str, name: str, timeout: float) -> Connection:
+        """Connect to *path*; OSError that says what to do when nobody is there."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout)
+            sock.connect(path)
+            return cls(sock, name, timeout)
+        except TimeoutError:
+            sock.close()
+            raise device_error(errno.ETIMEDOUT, "connect", name, _OPEN_HINTS[errno.EAGAIN]) from None
+        except OSError as error:
+            sock.close()
+            number = error.errno or errno.EIO
+            if "too long" in str(error):
+                raise device_error(errno.ENAMETOOLONG, "connect", name, "a UNIX socket path has at most 107 bytes") from None
+            raise device_error(number, "connect", name, _OPEN_HINTS.get(number, "")) from None
+        except BaseException:
+            sock.close()
+            raise
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
+
+    def _fail(self, error: RemoteProtocolError) -> RemoteProtocolError:
+        self._dead = error
+        return error
+
+    def send(self, data: bytes, fds: Sequence[int] = (), what: str = "") -> None:
+        """Send all of *data*; the descriptors go with its first byte."""
+        if self._dead is not None:
+            raise type(self._dead)(f"{self.name}: the connection is dead: {self._dead}")
+        try:
+            sent = socket.send_fds(self._sock, [data], list(fds)) if fds else self._sock.send(data, socket.MSG_NOSIGNAL)
+            while sent < len(data):
+                sent += self._sock.send(data[sent:], socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            raise self._fail(PeerTimeout(f"{self.name}: the peer did not read {what or 'a message'} for {self.timeout:g} s")) from None
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._fail(PeerClosed(f"{self.name}: the peer closed the connection before {what or 'a message'}")) from None
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ETOOMANYREFS) and fds:
+                raise LocalProtocolError(f"{self.name}: {what}: cannot pass descriptors {list(fds)}: {error.strerror}") from None
+            raise
+
+    def reply(self, what: str) -> tuple[int, int, memoryview]:
+        """The next message from the peer: request, flags, payload. *what* we wait for goes into errors."""
+        buffer = self._buffer
+        deadline = 0.0
+        while True:
+            have = len(buffer)
+            if have >= 12:
+                request, flags, size = HEADER.unpack_from(buffer)
+                if flags & VERSION_MASK != VERSION or not flags & REPLY or size > _CHUNK:
+                    raise self._fail(
+                        RemoteProtocolError(f"{self.name}: {what}: answered by {message_name(request)}, flags {flags:#x}, {size} bytes: not a reply")
+                    )
+                if have >= 12 + size:
+                    self._buffer = buffer[12 + size :]
+                    return request, flags, memoryview(buffer)[12 : 12 + size]
+            try:
+                more = self._sock.recv(_CHUNK)
+            except BlockingIOError:
+                raise self._fail(PeerTimeout(f"{self.name}: no answer to {what} within {self.timeout:g} s")) from None
+            except ConnectionResetError:
+                more = b""
+            if not more:
+                where = f"in the middle of its answer to {what}" if buffer else f"instead of answering {what}"
+                raise self._fail(PeerClosed(f"{self.name}: the peer closed the connection {where}"))
+            buffer = buffer + more if buffer else more
+            if deadline and time.monotonic() > deadline:
+                raise self._fail(PeerTimeout(f"{self.name}: the answer to {what} did not end within {self.timeout:g} s"))
+            deadline = deadline or time.monotonic() + self.timeout
+
+    def ask(self, number: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = 0) -> bytes:
+        """One legacy message that has a reply; returns the reply's payload."""
+        what = message_name(number)
+        self.send(frame(number, payload, VERSION | flags), fds, what)
+        request, got, body = self.reply(what)
+        if request != number or got & ~NEED_REPLY != VERSION | REPLY:  # libvhost-user echoes NEED_REPLY (QEMU 10.0)
+            raise self._fail(RemoteProtocolError(f"{self.name}: {what}: answered by {message_name(request)} with flags {got:#x}"))
+        return bytes(body)
+
+    def close(self) -> None:
+        """Close; harmless when done before."""
+        self._sock.close()
+        self._dead = self._dead or PeerClosed("closed by this side")
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.name} pid {os.getpid()}>"
+
+
+__all__ = ["MAX_FDS", "Connection", "Segment"]

@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Legacy vhost-user, back-end side: what clients like QEMU say, made into vDPA operations on any back-end.
+
+Rule of this file: the life cycle is derived, because many clients never send DRIVER_OK (vhost-user spec, "Ring states").
+The device is brought up, with all that was said so far, when the first ring has size, addresses and kick and is
+enabled; it is reset when the last one is stopped. Memory stays known across that and is mapped again where needed.
+The client's guest physical addresses become the IOVAs; ACCESS_PLATFORM is hidden from it and acknowledged for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .. import ops
+from ..backends.base import Backend
+from ..device import UNDERSTOOD, first_error
+from ..errors import RemoteProtocolError, reason
+from ..eventfd import kick
+from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status
+from ..flags import ProtocolFeature as P
+from ..memory import PAGE
+from ..ops import Call
+from ..virtio.ids import DeviceId
+from ..wire import (
+    EMPTY,
+    U8,
+    U64,
+    ConfigData,
+    ConfigRange,
+    Empty,
+    IotlbBatchBegin,
+    IotlbBatchEnd,
+    IotlbInvalidate,
+    IotlbUpdate,
+    Iova,
+    Payload,
+    VringAddr,
+    VringFile,
+    VringState,
+)
+from . import messages as m
+from .framing import REPLY_FLAGS, Frame, frame
+from .messages import message_name
+
+_log = logging.getLogger(__name__)
+
+OFFERED = P.MQ | P.REPLY_ACK | P.CONFIG | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.RESET_DEVICE
+"""Protocol features that this server implements."""
+MAX_SLOTS = 509
+"""Memory regions; what libvhost-user offers too, and QEMU expects never to shrink."""
+_RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
+
+
+@dataclass(eq=False)
+class _Region:
+    """A piece of the client's memory; owns its descriptor."""
+
+    region: m.MemoryRegion
+    fd: int
+
+    @property
+    def update(self) -> IotlbUpdate:
+        """The mapping, widened to whole pages."""
+        head = self.region.guest_addr % PAGE
+        size = -(-(head + self.region.size) // PAGE) * PAGE
+        return IotlbUpdate(Iova(self.region.guest_addr - head), size, self.fd, self.region.mmap_offset - head)
+
+
+@dataclass
+class _Ring:
+    """What the client has said about one ring; owns its descriptors."""
+
+    num: int = 0
+    base: int = 0
+    addr: VringAddr | None = None
+    kick: int = -1
+    call: int = -1
+    enabled: bool = False
+    set_up: bool = False
+    """The device knows this ring."""
+
+    def replace(self, which: str, fd: int) -> None:
+        old = getattr(self, which)
+        setattr(self, which, fd)
+        if old >= 0:
+            os.close(old)
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.num) and self.addr is not None and self.kick >= 0
+
+
+class LegacyService:
+    """One legacy client of one device. Does not own the back-end."""
+
+    def __init__(self, backend: Backend, extra: int = 0) -> None:
+        self._backend = backend
+        self._offered = OFFERED | P(extra)
+        self._protocol = P(0)
+        self._features = 0
+        self._backend_features = 0
+        self._owned = False
+        self._running = False
+        self._mapped = False
+        self._status = 0
+        self._regions: list[_Region] = []
+        self._rings: dict[int, _Ring] = {}
+        self._queues: int | None = None
+        self._handlers: dict[int, Callable[[Frame, Payload], Payload | None]] = {
+            row.number: getattr(self, f"_{row.name.lower()}")
+            for row in m.BY_NUMBER.values()
+            if (row.needs is None or row.needs & OFFERED) and hasattr(self, f"_{row.name.lower()}")
+        }
+
+    def handle(self, message: Frame) -> bytes:
+        """Carry out one message; the reply, if there is one."""
+        number = message.request
+        handler = self._handlers.get(number)
+        if handler is None:
+            raise RemoteProtocolError(f"{message_name(number)} is not offered by this server")
+        row = m.BY_NUMBER[number]
+        acknowledge = row.reply is None and message.need_reply and bool(self._protocol & P.REPLY_ACK)
+        try:
+            if row.request is Empty and message.payload:
+                raise ValueError(f"takes no payload, {len(message.payload)} bytes came")
+            request = EMPTY if row.request is Empty else row.request.unpack(message.payload)
+            reply = handler(message, request)
+        except ValueError as error:
+            raise RemoteProtocolError(f"{message_name(number)}: {error}") from None
+        except OSError as error:
+            text = f"{self._backend.name}: {message_name(number)}: {reason(error)}"
+            if number == m.GET_CONFIG.number:
+                _log.info("%s", text)
+                return frame(number, b"", REPLY_FLAGS)
+            if not acknowledge:
+                raise RemoteProtocolError(text) from None
+            _log.warning("%s", text)
+            return frame(number, U64(1).pack(), REPLY_FLAGS)
+        if row.reply is not None:
+            return frame(number, (reply or EMPTY).pack(), REPLY_FLAGS)
+        if number == m.SET_PROTOCOL_FEATURES.number:
+            acknowledge = message.need_reply and bool(self._protocol & P.REPLY_ACK)
+        return frame(number, U64(0).pack(), REPLY_FLAGS) if acknowledge else b""
+
+    def close(self) -> None:
+        """Give the client's descriptors back."""
+        for ring in self._rings.values():
+            ring.replace("kick", -1)
+            ring.replace("call", -1)
+        self._rings.clear()
+        for region in self._regions:
+            os.close(region.fd)
+        self._regions.clear()
+
+    # Operations on the device ----------------------------------------------------------------------------------------------
+
+    def _all(self, calls: list[Call]) -> None:
+        if error := first_error(self._backend.call_many(calls)):
+            raise error
+
+    def _own(self) -> None:
+        """Once a connection: owner, and back-end features."""
+        if not self._owned:
+            offered = self._backend.call(ops.GET_BACKEND_FEATURES, EMPTY).value
+            self._backend_features = offered & UNDERSTOOD
+            self._all([(ops.SET_OWNER, EMPTY), (ops.SET_BACKEND_FEATURES, U64(self._backend_features))])
+            self._owned = True
+
+    def _batch(self, calls: list[Call]) -> list[Call]:
+        if not calls or not self._backend_features & BackendFeature.IOTLB_BATCH:
+            return calls
+        return [(ops.IOTLB_BATCH_BEGIN, IotlbBatchBegin(0)), *calls, (ops.IOTLB_BATCH_END, IotlbBatchEnd(0))]
+
+    def _ring_calls(self, index: int, ring: _Ring) -> list[Call]:
+        assert ring.addr is not None
+        address = VringAddr(
+            index, 0, self._iova(ring.addr.desc, "descriptors"), self._iova(ring.addr.used, "used"), self._iova(ring.addr.avail, "avail"), 0
+        )
+        ring.set_up = True
+        return [
+            (ops.SET_VRING_NUM, VringState(index, ring.num)),
+            (ops.SET_VRING_ADDR, address),
+            (ops.SET_VRING_BASE, VringState(index, ring.base)),
+            (ops.SET_VRING_KICK, VringFile(index, ring.kick)),
+            (ops.SET_VRING_CALL, VringFile(index, ring.call)),
+            (ops.SET_VRING_ENABLE, VringState(index, int(self._is_enabled(ring)))),
+        ]
+
+    def _is_enabled(self, ring: _Ring) -> bool:
+        return ring.enabled or not self._features & VHOST_USER_F_PROTOCOL_FEATURES
+
+    def _iova(self, address: int, what: str) -> Iova:
+        """The client's user address as an IOVA."""
+        for held in self._regions:
+            r = held.region
+            if r.user_addr <= address < r.user_addr + r.size:
+                return Iova(address - r.user_addr + r.guest_addr)
+        raise OSError(errno.EFAULT, f"{what} ring address {address:#x} lies in no memory region")
+
+    def _sync(self) -> None:
+        """Bring the device up, or let a further ring in, when what is needed for it has been said."""
+        ready = {i: r for i, r in self._rings.items() if r.ready}
+        if not self._running:
+            if any(self._is_enabled(r) for r in ready.values()):
+                self._bring_up(ready)
+            return
+        fresh = {i: r for i, r in ready.items() if not r.set_up}
+        if fresh:
+            with self._at_rest():
+                for index, ring in fresh.items():
+                    self._all(self._ring_calls(index, ring))
+
+    def _bring_up(self, ready: dict[int, _Ring]) -> None:
+        self._own()
+        driver = Status.ACKNOWLEDGE | Status.DRIVER
+        features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
+        self._all(
+            [
+                (ops.SET_STATUS, U8(0)),
+                (ops.SET_STATUS, U8(Status.ACKNOWLEDGE)),
+                (ops.SET_STATUS, U8(driver)),
+                (ops.SET_FEATURES, U64(features)),
+                (ops.SET_STATUS, U8(driver | Status.FEATURES_OK)),
+            ]
+        )
+        if not self._backend.call(ops.GET_STATUS, EMPTY).value & Status.FEATURES_OK:
+            raise OSError(errno.EINVAL, f"the device refuses the features {features:#x}")
+        if not self._mapped:
+            self._all(self._batch([(ops.IOTLB_UPDATE, region.update) for region in self._regions]))
+            self._mapped = True
+        calls: list[Call] = []
+        for index, ring in ready.items():
+            calls += self._ring_calls(index, ring)
+        self._all([*calls, (ops.SET_STATUS, U8(_RUNNING))])
+        self._running = True
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """The device suspended meanwhile; without SUSPEND it is reset and brought up again where it stood."""
+        if not self._running:
+            yield
+        elif self._backend_features & BackendFeature.SUSPEND:
+            self._backend.call(ops.SUSPEND, EMPTY)
+            yield
+            self._backend.call(ops.RESUME, EMPTY)
+        else:
+            for index, ring in self._rings.items():
+                if ring.set_up:
+                    ring.base = self._backend.call(ops.GET_VRING_BASE, VringState(index, 0)).num
+            self._reset()
+            yield
+            self._sync()
+
+    def _reset(self) -> None:
+        self._running = False
+        for ring in self._rings.values():
+            ring.set_up = False
+        if self._owned:
+            self._backend.call(ops.SET_STATUS, U8(0))
+            self._mapped = self._mapped and bool(self._backend_features & BackendFeature.IOTLB_PERSIST)
+
+    # Negotiation -----------------------------------------------------------------------------------------------------------
+
+    def _get_features(self, message: Frame, request: Empty) -> U64:
+        device = self._backend.call(ops.GET_FEATURES, EMPTY).value
+        return U64(device & ~Feature.ACCESS_PLATFORM & ~VHOST_ONLY_FEATURES | VHOST_USER_F_PROTOCOL_FEATURES)
+
+    def _set_features(self, message: Frame, request: U64) -> None:
+        offered = self._get_features(message, EMPTY).value
+        if extra := request.value & ~offered:
+            raise ValueError(f"accepts {extra:#x}, which was not offered ({offered:#x})")
+        changed = request.value != self._features
+        self._features = request.value
+        if changed and self._running:
+            self._reset()
+        self._sync()
+
+    def _get_protocol_features(self, message: Frame, request: Empty) -> U64:
+        return U64(self._offered)
+
+    def _set_protocol_features(self, message: Frame, request: U64) -> None:
+        if extra := request.value & ~self._offered:
+            raise ValueError(f"accepts {extra:#x}, which was not offered ({int(self._offered):#x})")
+        self._protocol = P(request.value)
+
+    def _set_owner(self, message: Frame, request: Empty) -> None:
+        """Repeated by some clients, sent before or after the features; the device is owned when it is needed."""
+
+    def _reset_owner(self, message: Frame, request: Empty) -> None:
+        """Deprecated by the specification; back-ends ignore it."""
+
+    def _get_queue_num(self, message: Frame, request: Empty) -> U64:
+        count = self._queue_count()
+        if self._backend.call(ops.GET_DEVICE_ID, EMPTY).value == DeviceId.NET:
+            count //= 2  # pairs; a control queue comes on top
+        return U64(count)
+
+    def _queue_count(self) -> int:
+        if self._queues is None:
+            self._queues = self._backend.call(ops.GET_VQS_COUNT, EMPTY).value
+        return self._queues
+
+    def _get_status(self, message: Frame, request: Empty) -> U64:
+        device = self._backend.call(ops.GET_STATUS, EMPTY).value if self._running else 0
+        return U64(self._status | device & (Status.NEEDS_RESET | Status.FAILED))
+
+    def _set_status(self, message: Frame, request: U64) -> None:
+        if request.value > 0xFF:
+            raise ValueError(f"status {request.value:#x} is not a byte")
+        if not request.value:
+            self._reset_device(message, EMPTY)
+        self._status = request.value
+
+    def _reset_device(self, message: Frame, request: Empty) -> None:
+        self._reset()
+        self._status = 0
+        for ring in self._rings.values():
+            ring.enabled = False
+            ring.base = 0
+            ring.replace("kick", -1)
+
+    # Configuration space ---------------------------------------------------------------------------------------------------
+
+    def _get_config(self, message: Frame, request: m.ConfigSpace) -> m.ConfigSpace:
+        size = self._backend.call(ops.GET_CONFIG_SIZE, EMPTY).value
+        length = len(request.data)
+        have = max(0, min(length, size - request.offset))
+        data = self._backend.call(ops.GET_CONFIG, ConfigRange(request.offset, have)).data if have else b""
+        return m.ConfigSpace(request.offset, request.flags, data.ljust(length, b"\0"))
+
+    def _set_config(self, message: Frame, request: m.ConfigSpace) -> None:
+        self._backend.call(ops.SET_CONFIG, ConfigData(request.offset, request.data))
+
+    # Memory ----------------------------------------------------------------------------------------------------------------
+
+    def _get_max_mem_slots(self, message: Frame, request: Empty) -> U64:
+        return U64(MAX_SLOTS)
+
+    def _take_region(self, region: m.MemoryRegion, fd: int) -> _Region:
+        """Own *fd* for *region*, checked against the others."""
+        r = region
+        if not r.size or max(r.guest_addr, r.user_addr, r.mmap_offset) + r.size > 1 << 64:
+            raise ValueError(f"region of {r.size:#x} bytes at {r.guest_addr:#x} is empty or wraps around")
+        if r.guest_addr % PAGE != r.mmap_offset % PAGE:
+            raise ValueError(f"region at {r.guest_addr:#x} from offset {r.mmap_offset:#x} cannot be mapped by pages")
+        for held in self._regions:
+            o = held.region
+            if o.user_addr < r.user_addr + r.size and r.user_addr < o.user_addr + o.size:
+                raise ValueError(f"user addresses of the region at {r.user_addr:#x} overlap those of the one at {o.user_addr:#x}")
+        return _Region(region, fd)
+
+    def _set_mem_table(self, message: Frame, request: m.MemTable) -> None:
+        fds = message.take_fds()
+        old, self._regions = self._regions, []
+        try:
+            with self._at_rest():
+                if self._mapped:
+                    self._all(self._batch([_gone(region) for region in old]))
+                for region in request.regions:
+                    self._regions.append(self._take_region(region, fds[0]))
+                    del fds[0]
+                if self._mapped:
+                    self._all(self._batch([(ops.IOTLB_UPDATE, region.update) for region in self._regions]))
+        finally:
+            for fd in [*fds, *(region.fd for region in old)]:
+                os.close(fd)
+
+    def _add_mem_reg(self, message: Frame, request: m.MemReg) -> None:
+        if len(self._regions) >= MAX_SLOTS:
+            raise ValueError(f"more than {MAX_SLOTS} memory regions")
+        region = self._take_region(request.region, message.fds[0])
+        if self._mapped:
+            self._backend.call(ops.IOTLB_UPDATE, region.update)
+        message.take_fds()
+        self._regions.append(region)
+
+    def _rem_mem_reg(self, message: Frame, request: m.MemReg) -> None:
+        want = request.region
+        for held in self._regions:
+            r = held.region
+            if (r.guest_addr, r.size, r.user_addr) == (want.guest_addr, want.size, want.user_addr):
+                if self._mapped:
+                    self._all([_gone(held)])
+                self._regions.remove(held)
+                os.close(held.fd)
+                return
+        raise ValueError(f"there is no region of {want.size:#x} bytes at {want.guest_addr:#x}")
+
+    # Rings -------------------------------------------------------------------------------------------------------------------
+
+    def _ring(self, index: int) -> _Ring:
+        if index >= self._queue_count():
+            raise ValueError(f"ring {index}: the device has {self._queue_count()}")
+        return self._rings.setdefault(index, _Ring())
+
+    def _set_vring_num(self, message: Frame, request: VringState) -> None:
+        largest = self._backend.call(ops.GET_VRING_NUM, EMPTY).value
+        if not 0 < request.num <= largest or request.num & (request.num - 1):
+            raise ValueError(f"ring size {request.num} is not a power of two up to {largest}")
+        self._ring(request.index).num = request.num
+
+    def _set_vring_base(self, message: Frame, request: VringState) -> None:
+        if request.num > 0xFFFF:
+            raise ValueError(f"base {request.num:#x} of a split ring has more than 16 bits")
+        self._ring(request.index).base = request.num
+
+    def _set_vring_addr(self, message: Frame, request: VringAddr) -> None:
+        if request.flags:
+            raise ValueError(f"flags {request.flags:#x}: logging is not offered")
+        if request.desc % 16 or request.avail % 2 or request.used % 4:
+            raise ValueError(f"addresses {request.desc:#x}, {request.avail:#x}, {request.used:#x} are not aligned to 16, 2 and 4")
+        self._ring(request.index).addr = request
+
+    def _event(self, message: Frame, request: U64) -> tuple[int, _Ring, int]:
+        """Ring index, ring, and the descriptor, which is now the caller's."""
+        index = request.value & 0xFF
+        if request.value & ~(0xFF | m.NOFD):
+            raise ValueError(f"ring word {request.value:#x} has unknown bits")
+        ring = self._ring(index)
+        return index, ring, message.take_fds()[0] if message.fds else -1
+
+    def _set_vring_kick(self, message: Frame, request: U64) -> None:
+        if request.value & m.NOFD:
+            raise ValueError("a ring without a kick descriptor would have to be polled, which this server does not do")
+        index, ring, fd = self._event(message, request)
+        ring.replace("kick", fd)
+        if ring.set_up:
+            self._backend.call(ops.SET_VRING_KICK, VringFile(index, fd))
+        self._sync()
+
+    def _set_vring_call(self, message: Frame, request: U64) -> None:
+        index, ring, fd = self._event(message, request)
+        ring.replace("call", fd)
+        if ring.set_up:
+            self._backend.call(ops.SET_VRING_CALL, VringFile(index, fd))
+
+    def _set_vring_err(self, message: Frame, request: U64) -> None:
+        """No vDPA device signals it; the descriptor is closed with the message."""
+        if request.value & ~(0xFF | m.NOFD):
+            raise ValueError(f"ring word {request.value:#x} has unknown bits")
+        self._ring(request.value & 0xFF)
+
+    def _set_vring_enable(self, message: Frame, request: VringState) -> None:
+        if request.num > 1:
+            raise ValueError(f"enable is {request.num}, not 0 or 1")
+        ring = self._ring(request.index)
+        changed, ring.enabled = ring.enabled != bool(request.num), bool(request.num)
+        if ring.set_up and changed:
+            self._backend.call(ops.SET_VRING_ENABLE, request)
+            if ring.enabled:
+                kick(ring.kick)  # what was kicked while the ring was disabled is lost otherwise
+        self._sync()
+
+    def _get_vring_base(self, message: Frame, request: VringState) -> VringState:
+        """Stop one ring and say where it stands; the others go on."""
+        ring = self._ring(request.index)
+        if ring.set_up:
+            with_suspend = bool(self._backend_features & BackendFeature.SUSPEND)
+            if with_suspend:
+                self._backend.call(ops.SUSPEND, EMPTY)
+            self._backend.call(ops.SET_VRING_ENABLE, VringState(request.index, 0))
+            ring.base = self._backend.call(ops.GET_VRING_BASE, VringState(request.index, 0)).num
+            ring.set_up = False
+            if not any(other.set_up for other in self._rings.values()):
+                self._reset()
+            elif with_suspend:
+                self._backend.call(ops.RESUME, EMPTY)
+        ring.replace("kick", -1)
+        return VringState(request.index, ring.base)
+
+
+def _gone(region: _Region) -> Call:
+    update = region.update
+    return ops.IOTLB_INVALIDATE, IotlbInvalidate(update.iova, update.size)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The vhost-user server's socket: one listening socket, client after client, one thread.
+
+Rule of this file: a client that misbehaves, stalls in the middle of a message or disappears costs itself the connection
+and nobody else anything. Waiting for the next message of a client has no limit (an idle client is a good client);
+everything else has.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Callable
+from typing import Self
+
+from ..backends.base import Backend
+from ..errors import PeerClosed, ProtocolError, RemoteProtocolError, reason
+from .framing import MAX_FDS, Receiver, close_all
+from .messages import message_name
+from .session import Session
+from .vdpa_mode import MAX_PAYLOAD, fds_wanted
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 65536
+_ANCILLARY = socket.CMSG_SPACE(4 * MAX_FDS)
+
+
+class Server:
+    """Serves the device that *open_device* opens, to whoever connects to *path* (or to the listening socket *sock*).
+
+    Each connection opens the device anew and closes it at its end. *timeout* in seconds: how long a client may stop
+    in the middle of a message, or leave replies unread.
+    """
+
+    def __init__(
+        self,
+        open_device: Callable[[], Backend],
+        path: str = "",
+        *,
+        sock: socket.socket | None = None,
+        vdpa: str = "prefer",
+        timeout: float = 5.0,
+    ) -> None:
+        self.path = path
+        self._open_device = open_device
+        self._vdpa = vdpa
+        self._timeout = timeout
+        self._own_path = sock is None
+        self._listener = sock if sock is not None else _listen(path)
+        self._client: socket.socket | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._view = memoryview(bytearray(_CHUNK))
+        self.served = 0
+        """Connections that ended so far."""
+
+    def start(self) -> Self:
+        """Serve in a thread of its own."""
+        self._thread = threading.Thread(target=self.run, name=f"vhost-user server {self.path}", daemon=True)
+        self._thread.start()
+        return self
+
+    def run(self) -> None:
+        """Serve until ``stop``."""
+        while not self._stopping.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                if self._stopping.is_set():
+                    return
+                raise
+            with client:
+                self._client = client
+                if not self._stopping.is_set():
+                    self._serve(client)
+                self._client = None
+            self.served += 1
+
+    def stop(self) -> None:
+        """End the current connection, if any, and stop listening; harmless when done before. Any thread."""
+        self._stopping.set()
+        for sock in (self._listener, self._client):
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._timeout + 5)
+        self._listener.close()
+        if self._own_path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            self._own_path = False
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    # One connection -----------------------------------------------------------------------------------------------------
+
+    def _serve(self, client: socket.socket) -> None:
+        limit = struct.pack("@ll", int(self._timeout), int(self._timeout % 1 * 1e6))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        try:
+            session = Session(self._open_device(), self._vdpa)
+        except (OSError, ProtocolError, ValueError) as error:
+            _log.error("%s: cannot open the device for a client: %s", self.path, reason(error))
+            return
+        receiver = Receiver(fds_wanted, MAX_PAYLOAD, message_name)
+        try:
+            self._converse(client, session, receiver)
+        except PeerClosed as error:
+            _log.info("%s: %s", self.path, error)
+        except RemoteProtocolError as error:
+            _log.warning("%s: client dropped: %s", self.path, error)
+            with contextlib.suppress(OSError):
+                client.send(session.last_words(error), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except OSError as error:
+            _log.warning("%s: client dropped: %s", self.path, reason(error))
+        except Exception:
+            _log.exception("%s: client dropped by a defect of this server", self.path)
+        finally:
+            receiver.close()
+            try:
+                session.close()
+            except (OSError, ProtocolError) as error:
+                _log.warning("%s: closing the device: %s", self.path, reason(error))
+
+    def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
+        flags = socket.MSG_CMSG_CLOEXEC
+        replies = b""
+        while True:
+            if receiver.partial and not select.select([client], [], [], self._timeout)[0]:
+                raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
+            try:
+                count, ancillary, got, _ = client.recvmsg_into([self._view], _ANCILLARY, flags)
+            except BlockingIOError:  # the burst is over: answer it
+                _send(client, replies)
+                replies, flags = b"", socket.MSG_CMSG_CLOEXEC
+                continue
+            except ConnectionResetError:
+                count, ancillary, got = 0, [], 0
+            fds = _descriptors(ancillary) if ancillary else []
+            if got & socket.MSG_CTRUNC:
+                close_all(fds)
+                raise RemoteProtocolError(f"more than {MAX_FDS} descriptors with one message")
+            if not count:
+                close_all(fds)
+                if receiver.partial:
+                    raise RemoteProtocolError("the client hung up in the middle of a message")
+                raise PeerClosed("the client hung up")
+            receiver.feed(self._view[:count], fds)
+            frames = 0
+            while (message := receiver.next()) is not None:
+                frames += 1
+                replies += session.handle(message)
+            if frames > 1 or receiver.partial:
+                flags |= socket.MSG_DONTWAIT  # more of a burst may be there already: answer it as a whole
+            elif replies and not flags & socket.MSG_DONTWAIT:
+                _send(client, replies)
+                replies = b""
+
+
+def _send(client: socket.socket, data: bytes) -> None:
+    sent = 0
+    while sent < len(data):
+        try:
+            sent += client.send(data[sent:], socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            raise RemoteProtocolError("the client does not read its replies") from None
+        except (BrokenPipeError, ConnectionResetError):
+            raise PeerClosed("the client hung up without reading its replies") from None
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def _listen(path: str) -> socket.socket:
+    """A listening socket at exactly *path*; a stale socket file is replaced, a live one is EADDRINUSE."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _stale(path):
+                raise OSError(error.errno, f"cannot listen on {path}: {error.strerror or error}") from None
+            os.unlink(path)
+            sock.bind(path)
+        sock.listen(8)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _stale(path: str) -> bool:
+    """Whether *path* is a socket that nobody listens on."""
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The back-end's side of one connection without I/O: messages in, replies out, in whichever mode the client chooses.
+
+Rule of this file: what a client does wrong ends in an error that names the rule and the value. In vDPA mode a request
+that is well framed gets an errno; what breaks framing ends the connection, after a last reply with EPROTO.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+
+from .. import _ioctl
+from ..backends.base import Backend
+from ..errors import ProtocolError, RemoteProtocolError, reason
+from ..flags import ProtocolFeature
+from ..wire import U64
+from . import messages as m
+from .framing import VERSION, Frame
+from .legacy_server import LegacyService
+from .messages import message_name
+from .vdpa_mode import HELLO_OP, OUR_HELLO, Hello, check_hello, parse_request, reply_bytes
+
+_log = logging.getLogger(__name__)
+
+
+class Session:
+    """One client of one device. Takes over the back-end. *vdpa* is ``require``, ``prefer`` or ``off``."""
+
+    def __init__(self, backend: Backend, vdpa: str = "prefer") -> None:
+        self._backend = backend
+        self._vdpa = vdpa
+        self._legacy: LegacyService | None = LegacyService(backend, 0 if vdpa == "off" else ProtocolFeature.VDPA)
+        self._handle: Callable[[Frame], bytes] = self._undecided
+
+    @property
+    def mode(self) -> str:
+        """``vDPA``, ``legacy`` or ``undecided``."""
+        return "vDPA" if self._legacy is None else "undecided" if self._handle == self._undecided else "legacy"
+
+    def handle(self, message: Frame) -> bytes:
+        """Carry out one message and return what to send back. RemoteProtocolError ends the connection."""
+        try:
+            return self._handle(message)
+        finally:
+            if message.fds:
+                message.close()
+
+    def last_words(self, error: ProtocolError) -> bytes:
+        """The reply that tells a vDPA-mode client why the connection ends; nothing for others, who could not read it."""
+        request = getattr(error, "request", None)
+        return reply_bytes(request, errno.EPROTO) if self._legacy is None and request is not None else b""
+
+    def close(self) -> None:
+        """Give the device back: reset, unmapped."""
+        if self._legacy is not None:
+            self._legacy.close()
+        self._backend.close()
+
+    # The first messages decide -------------------------------------------------------------------------------------------
+
+    def _undecided(self, message: Frame) -> bytes:
+        assert self._legacy is not None
+        if message.request == m.SET_PROTOCOL_FEATURES.number:
+            accepted = U64.unpack(message.payload).value if len(message.payload) == U64.layout.size else 0
+            if accepted & ProtocolFeature.VDPA and self._vdpa != "off":
+                if accepted != ProtocolFeature.VDPA:
+                    raise RemoteProtocolError(f"SET_PROTOCOL_FEATURES {accepted:#x}: VDPA goes with no other bit in revision 1")
+                self._legacy.close()
+                self._legacy = None
+                self._handle = self._hello
+                return b""
+            self._decide_for_legacy(message)
+        elif message.request not in (m.GET_FEATURES.number, m.GET_PROTOCOL_FEATURES.number, m.SET_OWNER.number):
+            self._decide_for_legacy(message)
+        return self._legacy.handle(message)
+
+    def _decide_for_legacy(self, message: Frame) -> None:
+        if self._vdpa == "require":
+            raise RemoteProtocolError(f"{message_name(message.request)}: this server requires VHOST_USER_PROTOCOL_F_VDPA, the client did not accept it")
+        assert self._legacy is not None
+        self._handle = self._legacy.handle
+
+    # vDPA mode -----------------------------------------------------------------------------------------------------------
+
+    def _hello(self, message: Frame) -> bytes:
+        if message.request != HELLO_OP.number or message.flags != VERSION:
+            raise RemoteProtocolError(f"{message_name(message.request)} instead of HELLO", message.request)
+        try:
+            check_hello(Hello.unpack(message.payload))
+        except (ValueError, RemoteProtocolError) as error:
+            raise RemoteProtocolError(f"HELLO: {error}", message.request) from None
+        self._handle = self._operation
+        return reply_bytes(message.request, 0, OUR_HELLO)
+
+    def _operation(self, message: Frame) -> bytes:
+        number = message.request
+        if message.flags != VERSION:
+            raise RemoteProtocolError(f"{message_name(number)}: flags {message.flags:#x}, a request has {VERSION:#x}", number)
+        try:
+            op, request = parse_request(message)
+            return reply_bytes(number, 0, self._backend.call(op, request))
+        except OSError as error:
+            if error.errno is None:
+                raise
+            return reply_bytes(number, error.errno)
+        except LookupError as error:
+            if _ioctl.kind(number) != _ioctl.VHOST or number < 0x100:
+                raise RemoteProtocolError(f"{error}: vDPA mode takes nothing else", number) from None
+            return reply_bytes(number, errno.ENOTTY)
+        except ValueError as error:
+            _log.info("%s: %s: %s", self._backend.name, message_name(number), error)
+            return reply_bytes(number, errno.EBADMSG)
+        except ProtocolError as error:  # the way to the device behind us broke, which is not this client's fault
+            _log.warning("%s: %s: %s", self._backend.name, message_name(number), reason(error))
+            return reply_bytes(number, errno.EIO)
+
+

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""vhost-user in vDPA mode without I/O: operations to messages and back (docs/vhost-user-vdpa.md).
+
+Rule of this file: nothing per operation. The request number is the ioctl's number, the payload is the ioctl's argument
+struct, and every request has one reply: u32 errno, u32 zero, then the struct that the ioctl would have returned.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from .. import _ioctl, ops
+from ..errors import RemoteProtocolError
+from ..ops import Absent, Op, Rep
+from ..wire import EMPTY, Empty, Payload, Struct, u32, u64
+from .framing import HEADER, REPLY_FLAGS, VERSION, Frame
+from .messages import legacy_fds, message_name
+
+MAGIC = int.from_bytes(b"vhostVDP", "little")
+REVISION = 1
+MAX_PAYLOAD = 4096 + 64
+"""Largest payload either side accepts: a configuration space of 4 KiB and its header."""
+MAX_REQUESTS = 256
+"""Requests that a front-end may have under way before it reads the first reply."""
+
+_ERRNO = struct.Struct("=II")
+
+
+class Hello(Struct):
+    """First message of vDPA mode, both ways: who speaks, and what it can take."""
+
+    magic: u64
+    revision: u32
+    max_payload: u32
+    max_requests: u32
+    reserved: u32
+
+
+HELLO_OP: Op[Hello, Hello] = Op("Open vDPA mode", _ioctl.iowr(0xF0, Hello.layout), Hello, Hello, Absent("vDPA mode only"), name="HELLO")
+"""Not in the table of operations: it is the protocol's, not the device's."""
+OUR_HELLO = Hello(MAGIC, REVISION, MAX_PAYLOAD, MAX_REQUESTS, 0)
+
+
+def check_hello(hello: Hello) -> None:
+    """Raise what is wrong with the peer's HELLO."""
+    if hello.magic != MAGIC:
+        raise RemoteProtocolError(f"HELLO: magic {hello.magic:#x} is not {MAGIC:#x}: the peer uses protocol feature bit 56 for something else")
+    if hello.revision != REVISION:
+        raise RemoteProtocolError(f"HELLO: revision {hello.revision}, this side speaks {REVISION}")
+    if hello.max_payload < 512 or not hello.max_requests:
+        raise RemoteProtocolError(f"HELLO: limits of {hello.max_payload} bytes and {hello.max_requests} requests are too small to work with")
+
+
+def fds_wanted(number: int, payload: bytes) -> tuple[int, int]:
+    """Least and most descriptors of any message, of either mode."""
+    if number < 0x100:
+        return legacy_fds(number, payload)
+    op = ops.by_message(number, payload)
+    if op is None:
+        return 0, 0
+    count = op.request.fds_wanted(payload)
+    return count, count
+
+
+def request_bytes(op: Op[Any, Any], request: Payload) -> tuple[bytes, tuple[int, ...]]:
+    """The message that asks for *op*, and the descriptors to send with its first byte."""
+    payload, fds = (b"", ()) if request is EMPTY else request.to_message()
+    return HEADER.pack(op.number, VERSION, len(payload)) + payload, fds
+
+
+def parse_request(frame: Frame) -> tuple[Op[Any, Any], Payload]:
+    """The operation of a message; LookupError when there is none, ValueError when its payload is wrong."""
+    op = ops.by_message(frame.request, frame.payload)
+    if op is None:
+        raise LookupError(f"{message_name(frame.request)} is no operation")
+    if op.request is Empty:
+        if frame.payload:
+            raise ValueError(f"{op.name} takes no payload, {len(frame.payload)} bytes came")
+        return op, EMPTY
+    return op, op.request.from_message(frame.payload, frame.fds)
+
+
+def reply_bytes(number: int, error: int, reply: Payload = EMPTY) -> bytes:
+    """The reply to a request: an errno, or 0 and the struct."""
+    payload = b"" if error or reply is EMPTY else reply.pack()
+    return HEADER.pack(number, REPLY_FLAGS, 8 + len(payload)) + _ERRNO.pack(error, 0) + payload
+
+
+def parse_reply(op: Op[Any, Rep], number: int, flags: int, payload: bytes | memoryview) -> tuple[int, Rep | None]:
+    """(errno, None) or (0, the reply); RemoteProtocolError when the peer's answer is not one to *op*."""
+    if number != op.number or flags != REPLY_FLAGS:
+        raise RemoteProtocolError(f"{op.name}: answered by {message_name(number)} with flags {flags:#x}, expected {op.number:#x} with {REPLY_FLAGS:#x}")
+    if len(payload) < _ERRNO.size:
+        raise RemoteProtocolError(f"{op.name}: reply of {len(payload)} bytes, errno and zero are {_ERRNO.size}")
+    error, zero = _ERRNO.unpack_from(payload)
+    if zero:
+        raise RemoteProtocolError(f"{op.name}: the word behind errno is {zero:#x}, not 0")
+    if error:
+        if error > 4095 or len(payload) != _ERRNO.size:
+            raise RemoteProtocolError(f"{op.name}: error reply with errno {error} and {len(payload)} bytes")
+        return error, None
+    if op.reply is Empty and len(payload) == _ERRNO.size:
+        return 0, EMPTY  # type: ignore[return-value]
+    try:
+        return 0, op.reply.unpack(payload[_ERRNO.size :])
+    except ValueError as wrong:
+        raise RemoteProtocolError(f"{op.name}: {wrong}") from None
