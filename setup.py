@@ -11,7 +11,7 @@ setup(
         Extension(
             "vdpa_bridge._virtqueue",
             sources=["vdpa_bridge/_virtqueue.pyx", *sorted(glob("userspace/src/*.c"))],
-            depends=sorted(glob("userspace/include/*.h")),
+            depends=["vdpa_bridge/_virtqueue.pxd", *sorted(glob("userspace/include/*.h"))],
             include_dirs=["userspace/include"],
             define_macros=[("_GNU_SOURCE", "1")],
             extra_compile_args=["-std=c11", "-O2", "-fvisibility=hidden"],

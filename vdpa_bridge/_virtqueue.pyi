@@ -8,7 +8,7 @@ integer that its C type cannot hold is an OverflowError.
 
 from collections.abc import Iterable, Sequence
 from types import GenericAlias
-from typing import Generic, TypeAlias, TypeVar, final
+from typing import Generic, NoReturn, Self, TypeAlias, TypeVar, final
 
 from typing_extensions import Buffer
 
@@ -33,7 +33,6 @@ class IovaMap:
     GIL (`Chain.preadv`, `pwritev`) has left it, at most 5 s, then raises OSError(EBUSY).
     """
 
-    def __init__(self) -> None: ...
     def add(self, iova: int, size: int, address: int, perm: int) -> None:
         """Map [iova, iova + size) to `address`, for PERM_RO, PERM_WO or PERM_RW as seen by the device.
 
@@ -63,6 +62,8 @@ class Chain:
     Synchronization: one chain belongs to one thread at a time.
     """
 
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn:
+        """TypeError: there is nothing to make a chain of."""
     @property
     def head(self) -> int:
         """Index of the first descriptor; what the used ring carries."""
@@ -98,8 +99,8 @@ class DeviceQueue:
     Synchronization: one thread at a time.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         memory: IovaMap,
         num: int,
         desc: int,
@@ -109,7 +110,7 @@ class DeviceQueue:
         base: int = 0,
         event_idx: bool = False,
         indirect: bool = True,
-    ) -> None:
+    ) -> Self:
         """`num` entries (a power of 2, at most 32768), the IOVAs of the three areas, and the available index to start at.
 
         ValueError: num, base or alignment (16, 2 and 4 bytes) is wrong. OSError(EFAULT): an area is not mapped in one piece with
@@ -153,8 +154,8 @@ class DriverQueue(Generic[_T]):
     Synchronization: one thread at a time.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         address: int,
         size: int,
         iova: int,
@@ -164,7 +165,7 @@ class DriverQueue(Generic[_T]):
         event_idx: bool = False,
         base: int = 0,
         owner: object = None,
-    ) -> None:
+    ) -> Self:
         """Put a ring of `num` (a power of 2, at most 32768) at `address`, which the device sees at `iova`.
 
         `table_entries` > 0 uses indirect descriptors for chains of 2 to that many buffers (needs VIRTIO_F_INDIRECT_DESC), `event_idx` needs

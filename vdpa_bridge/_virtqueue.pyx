@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, binding=False
+# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, binding=False, autotestdict=False
 """The native rings, bound; `_virtqueue.pyi` documents every name here.
 
 Rule: convert and check Python values, keep what C points into alive, hold no ring logic. Batches cross once. The GIL is
-released for file I/O only: everything else is shorter than giving it up and taking it back.
+released for file I/O only: everything else is shorter than giving it up and taking it back. The C declarations and the
+fields of the classes are in `_virtqueue.pxd`.
 """
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSPC, EPROTO
+from libc.errno cimport EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -18,123 +19,9 @@ from posix.unistd cimport usleep
 from os import strerror
 from types import GenericAlias
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-
-cdef extern from "iova.h" nogil:
-    enum: IOVA_RO, IOVA_WO, IOVA_RW
-    struct iova_region:
-        uint64_t iova, last
-        void *host
-        uint32_t perm
-    struct iova_map:
-        iova_region *regions
-        size_t count
-        uint64_t generation
-    struct iova_pieces:
-        iovec *iov
-        uint64_t *iova
-        size_t used, capacity
-    void iova_map_init(iova_map *map)
-    void iova_map_destroy(iova_map *map)
-    int iova_map_add(iova_map *map, uint64_t iova, uint64_t size, void *host, uint32_t perm)
-    long iova_map_remove(iova_map *map, uint64_t iova, uint64_t size)
-    void iova_map_clear(iova_map *map)
-    int iova_refresh(const iova_map *map, iovec *iov, const uint64_t *iova, size_t count, uint32_t perm)
-    int iova_read(const iova_map *map, uint64_t iova, void *to, uint64_t length)
-    int iova_write(const iova_map *map, uint64_t iova, const void *source, uint64_t length)
-    bint iova_map_poisoned(const iova_map *map)
-
-cdef extern from "guard.h" nogil:
-    int guard_add(void *address, uint64_t size)
-    int guard_remove(void *address)
-    int guard_poisoned(const void *address)
-    uint64_t guard_events()
-
-cdef extern from "chain.h" nogil:
-    struct chain_part:
-        const iovec *iov
-        size_t count
-    uint64_t chain_gather(chain_part source, uint64_t offset, void *to, uint64_t length)
-    uint64_t chain_scatter(chain_part to, uint64_t offset, const void *source, uint64_t length)
-    uint64_t chain_zero(chain_part to, uint64_t offset, uint64_t length)
-    uint64_t chain_copy(chain_part to, uint64_t to_offset, chain_part source, uint64_t offset, uint64_t length)
-    int64_t chain_from_file(chain_part to, int fd, int64_t file_offset, uint64_t skip, uint64_t length)
-    int64_t chain_to_file(chain_part source, int fd, int64_t file_offset, uint64_t skip, uint64_t length)
-
-cdef extern from "virtqueue.h" nogil:
-    enum: VQ_OK, VQ_INDIRECT_MAX, VRING_MAX_NUM
-    bint vring_num_valid(uint32_t num)
-    struct vq_fault:
-        int code
-    int vq_fault_describe(const vq_fault *fault, char *text, size_t size)
-
-    struct vq_chain:
-        size_t first
-        uint32_t readable_pieces, writable_pieces
-        uint64_t readable, writable
-        uint16_t head
-    struct vq_used:
-        uint32_t written
-        uint16_t head
-    struct vq_device_config:
-        const iova_map *map
-        uint64_t desc, avail, used
-        uint32_t num
-        uint16_t base
-        bint event_idx, indirect
-    struct vq_device:
-        vq_device_config config
-        uint16_t next_avail, used_idx
-        uint32_t in_flight
-        vq_fault fault
-    int vq_device_init(vq_device *vq, const vq_device_config *config)
-    void vq_device_destroy(vq_device *vq)
-    size_t vq_device_pop(vq_device *vq, vq_chain *chains, size_t limit, iova_pieces *pieces)
-    int vq_device_push(vq_device *vq, const vq_used *done, size_t count)
-    int vq_device_enable_kick(vq_device *vq)
-    void vq_device_disable_kick(vq_device *vq)
-
-    struct vq_layout_t "vq_layout":
-        uint64_t desc, avail, used, tables, size
-    vq_layout_t vq_layout(uint32_t num, uint32_t table_entries)
-    struct vq_buffer:
-        uint64_t iova
-        uint32_t length
-    struct vq_done:
-        uint64_t token
-        uint32_t written
-        uint16_t head
-    struct vq_driver_config:
-        void *area
-        uint64_t iova
-        uint32_t num, table_entries
-        uint16_t base
-        bint event_idx
-    struct vq_driver:
-        vq_driver_config config
-        uint32_t free, in_flight
-        vq_fault fault
-    int vq_driver_init(vq_driver *vq, const vq_driver_config *config)
-    void vq_driver_destroy(vq_driver *vq)
-    int vq_driver_add(vq_driver *vq, const vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
-    int vq_driver_publish(vq_driver *vq)
-    size_t vq_driver_reap(vq_driver *vq, vq_done *done, size_t limit)
-    int vq_driver_enable_call(vq_driver *vq)
-    void vq_driver_disable_call(vq_driver *vq)
-
 PERM_RO = IOVA_RO
 PERM_WO = IOVA_WO
 PERM_RW = IOVA_RW
-
-cdef enum:
-    BATCH = 64  # chains per crossing into C
-    INLINE = 4  # pieces a Chain holds without memory of its own
-    PIECES = 2048  # pieces per pop, so that one chain of VQ_INDIRECT_MAX buffers always fits
-    PATIENCE = 50_000  # x 100 us: how long a change of the map waits for I/O
-
 
 cdef object fault_text(const vq_fault *fault):
     cdef char text[160]
@@ -148,6 +35,13 @@ cdef object broken_error(const vq_fault *fault):
     return OSError(EPROTO, f"virtqueue is broken: {fault_text(fault)}")
 
 
+cdef object answer(int due, const vq_fault *fault):
+    """1 or 0 as a bool; negative is a broken queue, for what the binding passes is valid otherwise."""
+    if due < 0:
+        raise broken_error(fault)
+    return due > 0
+
+
 cdef uint32_t checked_num(object num, object base) except 0:
     if not 0 < num <= VRING_MAX_NUM or not vring_num_valid(num):
         raise ValueError(f"ring size {num} is not a power of 2 up to {VRING_MAX_NUM}")
@@ -156,11 +50,14 @@ cdef uint32_t checked_num(object num, object base) except 0:
     return num
 
 
+cdef vq_layout_t checked_layout(uint32_t num, object table_entries) except *:
+    if not 0 <= table_entries <= VQ_INDIRECT_MAX:
+        raise ValueError(f"{table_entries} entries per indirect table, of at most {VQ_INDIRECT_MAX}")
+    return vq_layout(num, table_entries)
+
+
 @cython.final
 cdef class IovaMap:
-    cdef iova_map map
-    cdef int busy  # I/O in progress without the GIL
-
     def __cinit__(self):
         iova_map_init(&self.map)
 
@@ -242,16 +139,6 @@ cdef class IovaMap:
 @cython.final
 @cython.freelist(256)
 cdef class Chain:
-    cdef IovaMap memory
-    cdef DeviceQueue queue
-    cdef bint live  # popped and not handed back
-    cdef vq_chain chain
-    cdef uint64_t generation
-    cdef iovec *iov
-    cdef uint64_t *iova
-    cdef iovec own_iov[INLINE]
-    cdef uint64_t own_iova[INLINE]
-
     def __init__(self):
         raise TypeError("chains come from DeviceQueue.pop_many()")
 
@@ -346,14 +233,12 @@ cdef class Chain:
         self.refresh()
         cdef uint64_t size = rest(self.chain.writable, skip, length)
         cdef chain_part part = self.writable_part()
-        cdef int64_t done
+        cdef int64_t done = 0
         self.memory.busy += 1
         with nogil:
             done = chain_from_file(part, fd, file_offset, skip, size)
         self.memory.busy -= 1
-        if done < 0:
-            raise OSError(-done, strerror(-done))
-        return done
+        return moved(done)
 
     def pwritev(self, int fd, int64_t file_offset, uint64_t skip=0, length=None):
         self.refresh()
@@ -364,9 +249,13 @@ cdef class Chain:
         with nogil:
             done = chain_to_file(part, fd, file_offset, skip, size)
         self.memory.busy -= 1
-        if done < 0:
-            raise OSError(-done, strerror(-done))
-        return done
+        return moved(done)
+
+
+cdef object moved(int64_t done):
+    if done < 0:
+        raise OSError(-done, strerror(-done))
+    return done
 
 
 cdef uint64_t rest(uint64_t size, uint64_t offset, object length) except? 0:
@@ -379,12 +268,6 @@ cdef uint64_t rest(uint64_t size, uint64_t offset, object length) except? 0:
 
 @cython.final
 cdef class DeviceQueue:
-    cdef IovaMap memory
-    cdef vq_device vq
-    cdef iova_pieces pieces
-    cdef vq_chain chains[BATCH]
-    cdef vq_used *done
-
     def __cinit__(
         self, IovaMap memory not None, object num, uint64_t desc, uint64_t avail, uint64_t used,
         *, object base=0, bint event_idx=False, bint indirect=True,
@@ -435,7 +318,6 @@ cdef class DeviceQueue:
 
     def push_many(self, completed):
         cdef size_t count = 0
-        cdef int due
         cdef Chain chain
         cdef list taken = []
         try:
@@ -453,17 +335,10 @@ cdef class DeviceQueue:
             for chain in taken:
                 chain.live = True
             raise
-        due = vq_device_push(&self.vq, self.done, count)
-        if due == -EPROTO:
-            raise broken_error(&self.vq.fault)
-        assert due >= 0, "live chains are in flight"
-        return due > 0
+        return answer(vq_device_push(&self.vq, self.done, count), &self.vq.fault)
 
     def enable_kick(self):
-        cdef int more = vq_device_enable_kick(&self.vq)
-        if more < 0:
-            raise broken_error(&self.vq.fault)
-        return more > 0
+        return answer(vq_device_enable_kick(&self.vq), &self.vq.fault)
 
     def disable_kick(self):
         vq_device_disable_kick(&self.vq)
@@ -491,14 +366,6 @@ cdef class DeviceQueue:
 
 @cython.final
 cdef class DriverQueue:
-    cdef vq_driver vq
-    cdef vq_layout_t layout
-    cdef vq_buffer *buffers
-    cdef size_t most  # buffers of the longest chain
-    cdef vq_done done[BATCH]
-    cdef list held  # token by head
-    cdef object owner
-
     def __cinit__(
         self, uintptr_t address, uint64_t size, uint64_t iova, object num,
         *, object table_entries=0, bint event_idx=False, object base=0, object owner=None,
@@ -506,9 +373,7 @@ cdef class DriverQueue:
         cdef vq_driver_config config
         cdef uint32_t entries = checked_num(num, base)
         cdef int error
-        if not 0 <= table_entries <= VQ_INDIRECT_MAX:
-            raise ValueError(f"{table_entries} entries per indirect table, of at most {VQ_INDIRECT_MAX}")
-        self.layout = vq_layout(entries, table_entries)
+        self.layout = checked_layout(entries, table_entries)
         if size < self.layout.size:
             raise ValueError(f"ring area has {size} bytes, needs {self.layout.size}")
         config.area, config.iova, config.num, config.base = <void *> address, iova, entries, base
@@ -561,10 +426,7 @@ cdef class DriverQueue:
         return added
 
     def publish(self):
-        cdef int due = vq_driver_publish(&self.vq)
-        if due < 0:
-            raise broken_error(&self.vq.fault)
-        return due > 0
+        return answer(vq_driver_publish(&self.vq), &self.vq.fault)
 
     def reap(self, Py_ssize_t limit=64):
         cdef list out = []
@@ -582,10 +444,7 @@ cdef class DriverQueue:
         return out
 
     def enable_call(self):
-        cdef int more = vq_driver_enable_call(&self.vq)
-        if more < 0:
-            raise broken_error(&self.vq.fault)
-        return more > 0
+        return answer(vq_driver_enable_call(&self.vq), &self.vq.fault)
 
     def disable_call(self):
         vq_driver_disable_call(&self.vq)
@@ -628,21 +487,20 @@ def guard(uintptr_t address, uint64_t size):
         raise OSError(error, strerror(error))
 
 
-def unguard(uintptr_t address):
-    if guard_remove(<void *> address):
+cdef int guarded(uintptr_t address, int state) except -1:
+    if state < 0:
         raise ValueError(f"no guarded mapping starts at 0x{address:x}")
+    return state
+
+
+def unguard(uintptr_t address):
+    guarded(address, guard_remove(<void *> address))
 
 
 def poisoned(uintptr_t address):
-    cdef int state = guard_poisoned(<void *> address)
-    if state < 0:
-        raise ValueError(f"no guarded mapping starts at 0x{address:x}")
-    return state > 0
+    return guarded(address, guard_poisoned(<void *> address)) > 0
 
 
 def ring_layout(num, table_entries=0):
-    cdef uint32_t entries = checked_num(num, 0)
-    if not 0 <= table_entries <= VQ_INDIRECT_MAX:
-        raise ValueError(f"{table_entries} entries per indirect table, of at most {VQ_INDIRECT_MAX}")
-    cdef vq_layout_t layout = vq_layout(entries, table_entries)
+    cdef vq_layout_t layout = checked_layout(checked_num(num, 0), table_entries)
     return layout.desc, layout.avail, layout.used, layout.tables, layout.size

@@ -70,6 +70,12 @@ static void driver_faults(void)
 	raw_desc(5, UINT64_MAX - 3, 8, 0, 0);
 	raw_post(5);
 	expect(VQ_CHAIN_UNMAPPED, 5, UINT64_MAX - 3);
+	for (uint16_t write = 0; write <= DESC_WRITE; write += DESC_WRITE) { /* the other permission does not help */
+		CHECK(iova_map_add(&b.map, 0x9000, 64, b.data, write ? IOVA_RO : IOVA_WO) == 0);
+		raw_desc(5, 0x9000, 8, write, 0);
+		raw_post(5);
+		expect(VQ_CHAIN_UNMAPPED, 5, 0x9000);
+	}
 	raw_desc(6, table, 16, DESC_INDIRECT | DESC_NEXT, 0);
 	raw_post(6);
 	expect(VQ_INDIRECT_NEXT, 6, 0);

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# cython: language_level=3
+"""What `_virtqueue.pyx` uses of the C core, and the fields of its classes, for other native modules to cimport."""
+
+cimport cython
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "iova.h" nogil:
+    enum: IOVA_RO, IOVA_WO, IOVA_RW
+    struct iova_region:
+        uint64_t iova, last
+        void *host
+        uint32_t perm
+    struct iova_map:
+        iova_region *regions
+        size_t count
+        uint64_t generation
+    struct iova_pieces:
+        iovec *iov
+        uint64_t *iova
+        size_t used, capacity
+    void iova_map_init(iova_map *map)
+    void iova_map_destroy(iova_map *map)
+    int iova_map_add(iova_map *map, uint64_t iova, uint64_t size, void *host, uint32_t perm)
+    long iova_map_remove(iova_map *map, uint64_t iova, uint64_t size)
+    void iova_map_clear(iova_map *map)
+    int iova_refresh(const iova_map *map, iovec *iov, const uint64_t *iova, size_t count, uint32_t perm)
+    int iova_read(const iova_map *map, uint64_t iova, void *to, uint64_t length)
+    int iova_write(const iova_map *map, uint64_t iova, const void *source, uint64_t length)
+    bint iova_map_poisoned(const iova_map *map)
+
+cdef extern from "guard.h" nogil:
+    int guard_add(void *address, uint64_t size)
+    int guard_remove(void *address)
+    int guard_poisoned(const void *address)
+    uint64_t guard_events()
+
+cdef extern from "chain.h" nogil:
+    struct chain_part:
+        const iovec *iov
+        size_t count
+    uint64_t chain_gather(chain_part source, uint64_t offset, void *to, uint64_t length)
+    uint64_t chain_scatter(chain_part to, uint64_t offset, const void *source, uint64_t length)
+    uint64_t chain_zero(chain_part to, uint64_t offset, uint64_t length)
+    uint64_t chain_copy(chain_part to, uint64_t to_offset, chain_part source, uint64_t offset, uint64_t length)
+    int64_t chain_from_file(chain_part to, int fd, int64_t file_offset, uint64_t skip, uint64_t length)
+    int64_t chain_to_file(chain_part source, int fd, int64_t file_offset, uint64_t skip, uint64_t length)
+
+cdef extern from "virtqueue.h" nogil:
+    enum: VQ_OK, VQ_INDIRECT_MAX, VRING_MAX_NUM
+    bint vring_num_valid(uint32_t num)
+    struct vq_fault:
+        int code
+    int vq_fault_describe(const vq_fault *fault, char *text, size_t size)
+
+    struct vq_chain:
+        size_t first
+        uint32_t readable_pieces, writable_pieces
+        uint64_t readable, writable
+        uint16_t head
+    struct vq_used:
+        uint32_t written
+        uint16_t head
+    struct vq_device_config:
+        const iova_map *map
+        uint64_t desc, avail, used
+        uint32_t num
+        uint16_t base
+        bint event_idx, indirect
+    struct vq_device:
+        vq_device_config config
+        uint16_t next_avail, used_idx
+        uint32_t in_flight
+        vq_fault fault
+    int vq_device_init(vq_device *vq, const vq_device_config *config)
+    void vq_device_destroy(vq_device *vq)
+    size_t vq_device_pop(vq_device *vq, vq_chain *chains, size_t limit, iova_pieces *pieces)
+    int vq_device_push(vq_device *vq, const vq_used *done, size_t count)
+    int vq_device_enable_kick(vq_device *vq)
+    void vq_device_disable_kick(vq_device *vq)
+
+    struct vq_layout_t "vq_layout":
+        uint64_t desc, avail, used, tables, size
+    vq_layout_t vq_layout(uint32_t num, uint32_t table_entries)
+    struct vq_buffer:
+        uint64_t iova
+        uint32_t length
+    struct vq_done:
+        uint64_t token
+        uint32_t written
+        uint16_t head
+    struct vq_driver_config:
+        void *area
+        uint64_t iova
+        uint32_t num, table_entries
+        uint16_t base
+        bint event_idx
+    struct vq_driver:
+        vq_driver_config config
+        uint32_t free, in_flight
+        vq_fault fault
+    int vq_driver_init(vq_driver *vq, const vq_driver_config *config)
+    void vq_driver_destroy(vq_driver *vq)
+    int vq_driver_add(vq_driver *vq, const vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
+    int vq_driver_publish(vq_driver *vq)
+    size_t vq_driver_reap(vq_driver *vq, vq_done *done, size_t limit)
+    int vq_driver_enable_call(vq_driver *vq)
+    void vq_driver_disable_call(vq_driver *vq)
+
+cdef enum:
+    BATCH = 64  # chains per crossing into C
+    INLINE = 4  # pieces a Chain holds without memory of its own
+    PIECES = 2048  # pieces per pop, so that one chain of VQ_INDIRECT_MAX buffers always fits
+    PATIENCE = 50_000  # x 100 us: how long a change of the map waits for I/O
+
+
+@cython.final
+cdef class IovaMap:
+    cdef iova_map map
+    cdef int busy  # I/O in progress without the GIL
+    cdef int settle(self) except -1
+    cdef int unpoisoned(self, uint64_t before) except -1
+
+
+@cython.final
+cdef class Chain:
+    cdef IovaMap memory
+    cdef DeviceQueue queue
+    cdef bint live  # popped and not handed back
+    cdef vq_chain chain
+    cdef uint64_t generation  # of the map, when the pieces were looked up
+    cdef iovec *iov
+    cdef uint64_t *iova
+    cdef iovec own_iov[INLINE]
+    cdef uint64_t own_iova[INLINE]
+    cdef int fill(self, DeviceQueue queue, const vq_chain *chain, const iova_pieces *pieces) except -1
+    cdef int refresh(self) except -1
+    cdef chain_part readable_part(self)
+    cdef chain_part writable_part(self)
+
+
+@cython.final
+cdef class DeviceQueue:
+    cdef IovaMap memory
+    cdef vq_device vq
+    cdef iova_pieces pieces
+    cdef vq_chain chains[BATCH]
+    cdef vq_used *done
+
+
+@cython.final
+cdef class DriverQueue:
+    cdef vq_driver vq
+    cdef vq_layout_t layout
+    cdef vq_buffer *buffers
+    cdef size_t most  # buffers of the longest chain
+    cdef vq_done done[BATCH]
+    cdef list held  # token by head
+    cdef object owner
+    cdef size_t take(self, object segments, size_t count) except? 0
