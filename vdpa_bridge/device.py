@@ -232,15 +232,18 @@ class Device:
 
     def own(self) -> None:
         """Become the owner and acknowledge back-end features, once."""
-        if self._owned:
-            return
-        wanted = self.identify().backend_features & UNDERSTOOD
-        calls: list[Call] = [(ops.SET_OWNER, EMPTY)]
-        if wanted:
-            calls.append((ops.SET_BACKEND_FEATURES, U64(wanted)))
-        self._all(calls)
+        self._all(self._ownership())
         self._owned = True
-        self.backend_features = wanted
+
+    def _ownership(self) -> list[Call]:
+        """What makes us the owner, nothing when we are."""
+        if self._owned:
+            return []
+        self.backend_features = self.identify().backend_features & UNDERSTOOD
+        calls: list[Call] = [(ops.SET_OWNER, EMPTY)]
+        if self.backend_features:
+            calls.append((ops.SET_BACKEND_FEATURES, U64(self.backend_features)))
+        return calls
 
     def reset(self) -> None:
         """Status 0: rings and features are forgotten, mappings too unless IOTLB_PERSIST is acknowledged."""
@@ -257,10 +260,10 @@ class Device:
         agreed = offered & (wanted | required | Feature.VERSION_1 | Feature.ACCESS_PLATFORM)
         if missing := required & ~offered:
             raise FeatureError(f"{self.name} does not offer {', '.join(bit_names(Feature, missing))}")
-        self.own()
         driver = Status.ACKNOWLEDGE | Status.DRIVER
         results = self._all(
             [
+                *self._ownership(),
                 (ops.SET_STATUS, U8(0)),
                 (ops.SET_STATUS, U8(Status.ACKNOWLEDGE)),
                 (ops.SET_STATUS, U8(driver)),
@@ -269,6 +272,7 @@ class Device:
                 (ops.GET_STATUS, EMPTY),
             ]
         )
+        self._owned = True
         status = Status(results[-1].value)
         if not status & Status.FEATURES_OK:
             raise FeatureError(f"{self.name} refuses the feature set {agreed:#x}: FEATURES_OK did not stay set (status {status!r})")

@@ -68,7 +68,7 @@ class ModelBackend(RuledBackend):
         self._model = model
         self._on_close = on_close
         self.queue_size = model.queue_size
-        self._offered = model.features | RING_FEATURES
+        self._offered = int(model.features | RING_FEATURES)
         self._table: IotlbTable[SharedMapping] = IotlbTable(model.address_spaces)
         self._maps = [IovaMap() for _ in range(model.address_spaces)]
         self._config_call: EventFd | None = None
@@ -77,7 +77,7 @@ class ModelBackend(RuledBackend):
 
     def capability(self, op: Op[Any, Any]) -> Capability:
         """Native for whatever has a method."""
-        return Capability(NATIVE) if op in self._handlers else Capability(ABSENT, "a model has no such thing")
+        return Capability(NATIVE) if op in self.methods else Capability(ABSENT, "a model has no such thing")
 
     def facts(self) -> dict[str, object]:
         """The model."""
@@ -125,7 +125,7 @@ class ModelBackend(RuledBackend):
 
     def _ring_broke(self, index: int, why: str) -> None:
         _log.warning("%s: queue %d: %s; the device needs a reset", self.name, index, why)
-        self._status |= Status.NEEDS_RESET
+        self._status |= int(Status.NEEDS_RESET)
         self.config_changed()
 
     # Configuration space -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import ops
 from ..errors import RemoteProtocolError, device_error
@@ -36,6 +36,8 @@ from ..wire import (
 from .base import Backend
 from .hints import hint
 
+FEATURES_OK, DRIVER_OK, ACCESS_PLATFORM = int(Status.FEATURES_OK), int(Status.DRIVER_OK), int(Feature.ACCESS_PLATFORM)
+"""As plain numbers: arithmetic on flag types costs more than the rest of an operation."""
 LARGEST_RING = 32768
 """Entries of the largest split ring (virtio 1.2, 2.7)."""
 
@@ -70,13 +72,16 @@ class RuledBackend(Backend):
 
     offered_backend_features: B
     queue_size: int
+    methods: ClassVar[dict[Op[Any, Any], Callable[[Any, Any], Any]]]
+    """The method of each operation that this home has."""
+
+    def __init_subclass__(cls) -> None:
+        named = {op: getattr(cls, f"_{op.name.lower()}", None) for op in ops.TABLE}
+        cls.methods = {op: method for op, method in named.items() if method is not None}
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._lock = threading.RLock()
-        self._handlers: dict[Op[Any, Any], Callable[[Any], Any]] = {
-            op: getattr(self, f"_{op.name.lower()}") for op in ops.TABLE if hasattr(self, f"_{op.name.lower()}")
-        }
         self._owned = False
         self._closed = False
         self._backend_features = 0
@@ -87,14 +92,14 @@ class RuledBackend(Backend):
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """Carry out one operation."""
-        handler = self._handlers.get(op)
+        method = self.methods.get(op)
         try:
             if self._closed:
                 raise refuse(errno.EBADF, "this session is closed")
-            if handler is None:
+            if method is None:
                 raise refuse(errno.EOPNOTSUPP, op.legacy.why if isinstance(op.legacy, Absent) else "")
             with self._lock:
-                reply = handler(request)
+                reply = method(self, request)
         except RemoteProtocolError:
             raise
         except OSError as error:
@@ -160,9 +165,9 @@ class RuledBackend(Backend):
         self._suspended = False
 
     def _set_features(self, request: U64) -> None:
-        if self._status & Status.FEATURES_OK:
+        if self._status & FEATURES_OK:
             raise refuse(errno.EBUSY)
-        if not request.value & Feature.ACCESS_PLATFORM:
+        if not request.value & ACCESS_PLATFORM:
             raise refuse(errno.EINVAL)
         self._on_features(request.value)
         self._features = request.value
@@ -195,7 +200,7 @@ class RuledBackend(Backend):
             self._on_reset(bool(self._backend_features & B.IOTLB_PERSIST))
             self._forget()
             return
-        self._on_status(new, bool(new & ~old & Status.DRIVER_OK))
+        self._on_status(new, bool(new & ~old & DRIVER_OK))
         self._status |= new
 
     # Configuration space -------------------------------------------------------------------------------------------------
@@ -229,11 +234,11 @@ class RuledBackend(Backend):
 
     @property
     def _running(self) -> bool:
-        return bool(self._status & Status.DRIVER_OK) and not self._suspended
+        return bool(self._status & DRIVER_OK) and not self._suspended
 
     def _get_vring_size(self, request: VringState) -> VringState:
         ring = self._ring(request.index)
-        return VringState(request.index, ring.num if self._status & Status.DRIVER_OK else self.queue_size)
+        return VringState(request.index, ring.num if self._status & DRIVER_OK else self.queue_size)
 
     def _set_vring_num(self, request: VringState) -> None:
         ring = self._ring(request.index)

@@ -9,6 +9,7 @@ eventfd cannot make us block.
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import select
@@ -33,9 +34,12 @@ class ServedQueue:
         self.kick = kick
         self.call = call
         self.call_due = False
+        self.popped = False
+        """Whether the model looked at the ring in this pass; receive buffers that it leaves alone are no work."""
 
     def pop(self, limit: int = 64) -> list[Chain]:
         """See ``models.base.Queue``."""
+        self.popped = True
         return self.queue.pop_many(limit)
 
     def push(self, done: list[tuple[Chain, int]]) -> None:
@@ -73,7 +77,7 @@ class Runner:
         self.running = True
         for index, ring in self.rings.items():
             self._watch(index, ring.kick)
-        threading.Thread(target=self._run, name=f"rings of {self._name}", daemon=True).start()
+        _thread.start_new_thread(self._run, ())  # threading.Thread.start would wait for the thread to begin
 
     def add(self, index: int, ring: ServedQueue) -> None:
         """A ring comes in."""
@@ -159,9 +163,10 @@ class Runner:
             if ring is None:
                 continue
             try:
+                ring.popped = False
                 ring.queue.disable_kick()
                 self._model.process(self.rings, index)
-                if ring.queue.enable_kick():
+                if ring.queue.enable_kick() and ring.popped:
                     self._pending.add(index)
             except Exception as error:  # a model or a driver at fault must not take the process down
                 if ring.queue.broken is None:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from .. import ops
 from ..backends.base import Backend
@@ -111,17 +112,12 @@ class LegacyService:
         self._regions: list[_Region] = []
         self._rings: dict[int, _Ring] = {}
         self._queues: int | None = None
-        self._handlers: dict[int, Callable[[Frame, Payload], Payload | None]] = {
-            row.number: getattr(self, f"_{row.name.lower()}")
-            for row in m.BY_NUMBER.values()
-            if (row.needs is None or row.needs & OFFERED) and hasattr(self, f"_{row.name.lower()}")
-        }
 
     def handle(self, message: Frame) -> bytes:
         """Carry out one message; the reply, if there is one."""
         number = message.request
-        handler = self._handlers.get(number)
-        if handler is None:
+        method = _METHODS.get(number)
+        if method is None:
             raise RemoteProtocolError(f"{message_name(number)} is not offered by this server")
         row = m.BY_NUMBER[number]
         acknowledge = row.reply is None and message.need_reply and bool(self._protocol & P.REPLY_ACK)
@@ -129,7 +125,7 @@ class LegacyService:
             if row.request is Empty and message.payload:
                 raise ValueError(f"takes no payload, {len(message.payload)} bytes came")
             request = EMPTY if row.request is Empty else row.request.unpack(message.payload)
-            reply = handler(message, request)
+            reply = method(self, message, request)
         except ValueError as error:
             raise RemoteProtocolError(f"{message_name(number)}: {error}") from None
         except OSError as error:
@@ -472,6 +468,14 @@ class LegacyService:
                 self._backend.call(ops.RESUME, EMPTY)
         ring.replace("kick", -1)
         return VringState(request.index, ring.base)
+
+
+_METHODS: dict[int, Callable[[LegacyService, Frame, Any], Payload | None]] = {
+    row.number: getattr(LegacyService, f"_{row.name.lower()}")
+    for row in m.BY_NUMBER.values()
+    if (row.needs is None or row.needs & OFFERED) and hasattr(LegacyService, f"_{row.name.lower()}")
+}
+"""The method of each message that this server takes."""
 
 
 def _gone(region: _Region) -> Call:
