@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What all drivers share: bring-up, memory, rings, waiting, and an end that leaves nothing behind.
+
+Rules of this file: a device that misbehaves costs a DeviceBroken, never a hang or a wrong access - every wait has an end,
+and memory goes back to the pool only when the device gave its chain back. Nothing here knows a device type: a plain
+``Driver`` can post any chain to any queue of any device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self, TypedDict
+
+from ..device import Device, RingSetup
+from ..errors import DeviceBroken, FeatureError, ProtocolError
+from ..flags import BackendFeature, Feature, Status
+from ..memory import PAGE, Buffer, Region
+from ..virtio.ids import DeviceId, device_name
+from ..virtqueue import DriverQueue, RingLayout
+from .pool import Pool, place
+
+RING_FEATURES = Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
+TIMEOUT = 5.0
+_LOOK = 0.5
+"""Seconds of waiting after which the status byte is looked at, for devices that cannot signal a change."""
+
+Segments = list[tuple[int, int]]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of ``Driver`` that drivers pass on."""
+
+    required: int
+    ring_features: int
+    queue_size: int
+    pool_size: int
+    timeout: float
+
+
+class Pending:
+    """A chain that the device has. Subclasses say what happens when it comes back."""
+
+    __slots__ = ("written",)
+
+    def __init__(self) -> None:
+        self.written = -1
+        """Bytes that the device says it wrote; -1 as long as it has the chain."""
+
+    def complete(self, written: int) -> None:
+        """The device gave the chain back."""
+        self.written = written
+
+
+class Posted(Pending):
+    """A chain of ``Driver.post``, with what the device wrote."""
+
+    __slots__ = ("_buffers", "_pool", "data", "queue")
+
+    def __init__(self, queue: int, pool: Pool, readable: list[Buffer], writable: list[Buffer]) -> None:
+        super().__init__()
+        self.queue = queue
+        self.data: list[bytes] = []
+        self._pool, self._buffers = pool, (readable, writable)
+
+    def complete(self, written: int) -> None:
+        """Keep what was written; the memory is free again."""
+        readable, writable = self._buffers
+        self.data = [bytes(buffer.data) for buffer in writable]
+        for buffer in readable + writable:
+            self._pool.give(buffer)
+        super().complete(written)
+
+
+@dataclass
+class Ring:
+    """The driver's end of one virtqueue, with the eventfds it owns."""
+
+    index: int
+    queue: DriverQueue[Pending]
+    kick: int
+    call: int
+
+    def close(self) -> None:
+        """The memory under the ring goes or is used anew: let go of the queue."""
+        del self.queue
+
+    def submit(self, requests: Sequence[tuple[Segments, Segments, Pending]]) -> int:
+        """Post as many as fit, tell the device; return how many. OSError EPROTO when the ring is broken."""
+        added = self.queue.add_many(requests)
+        if added and self.queue.publish():
+            os.eventfd_write(self.kick, 1)
+        return added
+
+    def setup(self) -> RingSetup:
+        """The ring as the device is told about it."""
+        queue = self.queue
+        return RingSetup(self.index, queue.num, queue.desc, queue.avail, queue.used, self.kick, self.call)
+
+
+class Driver:
+    """Drives a Device, which it resets but does not own. A context manager; ready when constructed.
+
+    Synchronization: one thread at a time.
+    """
+
+    device_id: ClassVar[int | None] = None
+    """The device type that the driver is for; None for any."""
+    table_entries: ClassVar[int] = 16
+    """Buffers of the longest chain that goes into one indirect table."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        wanted: int = 0,
+        required: int = 0,
+        ring_features: int = RING_FEATURES,
+        queues: Sequence[int] | None = None,
+        queue_size: int = 256,
+        pool_size: int = 4 << 20,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        """Bring the device up with *queues* (default: all) of at most *queue_size* entries and *pool_size* bytes for data.
+
+        *wanted* features are taken where offered, *required* ones must be. *timeout* in seconds is for every wait.
+        FeatureError when device and driver do not fit, ValueError for queues that are not there, OSError from the device.
+        """
+        self.device = device
+        self.name = device.name
+        self.timeout = timeout
+        self._wanted, self._required = wanted | ring_features, required
+        self._rings: dict[int, Ring] = {}
+        self._region: Region | None = None
+        self._mapped = False
+        self._events: list[int] = []
+        self._poller = select.poll()
+        limits = device.identify()
+        if self.device_id is not None and limits.device_id != self.device_id:
+            raise FeatureError(f"{self.name} is a {device_name(limits.device_id)} device, not {device_name(self.device_id)}")
+        self._indices = list(range(limits.queues) if queues is None else dict.fromkeys(queues))
+        if wrong := [index for index in self._indices if not 0 <= index < limits.queues]:
+            raise ValueError(f"{self.name} has {limits.queues} queues, there is no queue {wrong[0]}")
+        most = min(queue_size, limits.queue_size)
+        if most < 1:
+            raise ValueError(f"{self.name} takes rings of up to {limits.queue_size} entries, {queue_size} are wanted")
+        self._num = 1 << most.bit_length() - 1
+        ring_size = -(-RingLayout.contiguous(self._num, self.table_entries).size // PAGE) * PAGE
+        pool_size = -(-pool_size // PAGE) * PAGE
+        size = pool_size + ring_size * len(self._indices)
+        try:
+            self._region = Region(place(limits.iova_range, size), size)
+            self._areas = [self._region.allocate(ring_size, PAGE) for _ in self._indices]
+            self._pool_area = self._region.allocate(pool_size, PAGE)
+            self._eventfds = [(self._eventfd(), self._eventfd()) for _ in self._indices]
+            self._config_call = self._eventfd()
+            for _, call in self._eventfds:
+                self._poller.register(call, select.POLLIN)
+            self._poller.register(self._config_call, select.POLLIN)
+            self._bring_up()
+        except BaseException:
+            self.close()
+            raise
+
+    # Life cycle --------------------------------------------------------------------------------------------------------
+
+    def _eventfd(self) -> int:
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._events.append(fd)
+        return fd
+
+    def _bring_up(self) -> None:
+        region = self._need_region()
+        self._forget_rings()
+        self.features = self.device.negotiate(self._wanted, self._required)
+        self._unmap()
+        event_idx = bool(self.features & Feature.RING_EVENT_IDX)
+        table = self.table_entries if self.features & Feature.RING_INDIRECT_DESC else 0
+        for index, area, (kick, call) in zip(self._indices, self._areas, self._eventfds, strict=True):
+            queue: DriverQueue[Pending] = DriverQueue(
+                area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=region
+            )
+            self._rings[index] = Ring(index, queue, kick, call)
+        self._pool = Pool(self._pool_area)
+        for fd in self._events:
+            _drain(fd)
+        self.device.start([ring.setup() for ring in self._rings.values()], [region.update()], self._config_call)
+        self._mapped = True
+        self._ready()
+
+    def _forget_rings(self) -> None:
+        rings, self._rings = self._rings, {}
+        for ring in rings.values():
+            ring.close()
+
+    def _ready(self) -> None:
+        """The device runs: read its configuration, fill its queues. Called by every bring-up."""
+
+    def _replenish(self) -> None:
+        """Chains came back: post what waits for room. Called while waiting, too."""
+
+    def restart(self) -> None:
+        """Reset the device and bring it up again with empty rings. Chains that it had are forgotten."""
+        self._need_region()
+        try:
+            self._bring_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def suspend(self) -> None:
+        """Let the device stop with its rings as they are; EOPNOTSUPP where it cannot. Chains can still be posted."""
+        self._need_region()
+        self.device.suspend()
+
+    def resume(self) -> None:
+        """Go on after ``suspend``; chains posted meanwhile are served."""
+        self._need_region()
+        self.device.resume()
+
+    def _unmap(self) -> None:
+        """After a reset: it took the mappings away unless the back-end keeps them. A device may have lost one that its
+        back-end kept (kernel 6.12: vdpa_sim), so it is made anew each time."""
+        if self._mapped and self.device.backend_features & BackendFeature.IOTLB_PERSIST:
+            self.device.unmap([self._need_region().update()])
+        self._mapped = False
+
+    def close(self) -> None:
+        """Reset the device and give everything back; harmless when done before."""
+        region, self._region = self._region, None
+        if region is None:
+            return
+        mapped, self._mapped = self._mapped, False
+        self._forget_rings()
+        try:
+            with contextlib.suppress(OSError, ProtocolError):  # a device that is gone holds nothing of ours that we could take back
+                self.device.reset()
+                if mapped and self.device.backend_features & BackendFeature.IOTLB_PERSIST:
+                    self.device.unmap([region.update()])
+        finally:
+            for fd in self._events:
+                os.close(fd)
+            self._events = []
+            region.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _need_region(self) -> Region:
+        if self._region is None:
+            raise ValueError(f"the driver of {self.name} is closed")
+        return self._region
+
+    def ring(self, index: int) -> Ring:
+        """The driver's end of queue *index*; ValueError when the driver does not have it."""
+        self._need_region()
+        if index not in self._rings:
+            raise ValueError(f"{self.name}: the driver has no queue {index}, only {', '.join(map(str, self._rings)) or 'none'}")
+        return self._rings[index]
+
+    # Chains ----------------------------------------------------------------------------------------------------------
+
+    def post(self, queue: int, readable: Sequence[bytes] = (), writable: Sequence[int] = ()) -> Posted:
+        """Give the device a chain of buffers: *readable* by it, then *writable* ones of that many bytes (zeroed), right or wrong.
+
+        ValueError when it cannot be a chain, MemoryError when pool or ring have no room.
+        """
+        ring = self.ring(queue)
+        sizes = [len(data) for data in readable] + list(writable)
+        if not sizes or min(sizes) < 1:
+            raise ValueError("a chain has one buffer or more, none of them empty")
+        buffers: list[Buffer] = []
+        sent = 0
+        try:
+            for size in sizes:
+                buffers.append(self._pool.take(size))  # noqa: PERF401 - what was taken must be known when a later one fails
+            inputs, outputs = buffers[: len(readable)], buffers[len(readable) :]
+            for buffer, data in zip(inputs, readable, strict=True):
+                buffer.data[:] = data
+            for buffer in outputs:
+                buffer.data[:] = bytes(buffer.size)
+            posted = Posted(queue, self._pool, inputs, outputs)
+            sent = self._submit(ring, [(_segments(inputs), _segments(outputs), posted)])
+            if not sent:
+                raise MemoryError(f"{self.name}: queue {queue} has {ring.queue.free} descriptors left, {len(sizes)} are wanted")
+        finally:
+            if not sent:
+                for buffer in buffers:
+                    self._pool.give(buffer)
+        return posted
+
+    def transact(
+        self, queue: int, readable: Sequence[bytes] = (), writable: Sequence[int] = (), timeout: float | None = None
+    ) -> tuple[int, list[bytes]]:
+        """``post`` and wait: the bytes that the device says it wrote, and the whole content of each writable buffer."""
+        posted = self.post(queue, readable, writable)
+        self.wait(lambda: posted.written >= 0, f"a chain of {len(readable)} readable and {len(writable)} writable buffers on queue {queue}", timeout)
+        return posted.written, posted.data
+
+    def _submit(self, ring: Ring, requests: Sequence[tuple[Segments, Segments, Pending]]) -> int:
+        try:
+            return ring.submit(requests)
+        except OSError as error:
+            raise self._broken(ring, error) from None
+
+    def poll(self) -> bool:
+        """Take back what the device has finished, without waiting; True when there was something.
+
+        Later queues come first: where one feeds the other (net: what is sent may be received), the lower one is complete.
+        """
+        self._need_region()
+        found = False
+        for ring in reversed(list(self._rings.values())):
+            try:
+                while done := ring.queue.reap():
+                    found = True
+                    for pending, written in done:
+                        pending.complete(written)
+            except OSError as error:
+                raise self._broken(ring, error) from None
+        if found:
+            self._replenish()
+        return found
+
+    def wait(self, done: Callable[[], bool], what: str, timeout: float | None = None) -> None:
+        """Serve completions until *done*, at most *timeout* seconds (default: the driver's).
+
+        TimeoutError that says *what* was waited for, DeviceBroken when the device gave up or broke a ring.
+        """
+        timeout = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        while True:
+            self.poll()
+            if done():
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(errno.ETIMEDOUT, f"{self.name}: no end of {what} within {timeout:g} s; device status {self._status()!r}")
+            if self._arm():
+                continue
+            ready = [fd for fd, _ in self._poller.poll(min(left, _LOOK) * 1000)]
+            for fd in ready:
+                _drain(fd)
+            if not ready or self._config_call in ready:
+                self._status()
+            for ring in self._rings.values():
+                ring.queue.disable_call()
+
+    def _arm(self) -> bool:
+        """Ask for calls on all queues; True when something came in meanwhile."""
+        more = False
+        for ring in self._rings.values():
+            try:
+                more |= ring.queue.enable_call()
+            except OSError as error:
+                raise self._broken(ring, error) from None
+        return more
+
+    def _status(self) -> Status:
+        """The status byte; DeviceBroken when the device does not run any more."""
+        status = self.device.get_status()
+        if status & (Status.NEEDS_RESET | Status.FAILED):
+            raise DeviceBroken(f"{self.name} gave up: device status {status!r}; reset it (restart)")
+        if not status & Status.DRIVER_OK:
+            raise DeviceBroken(f"{self.name} was reset by somebody else: device status {status!r}; bring it up again (restart)")
+        return status
+
+    def _broken(self, ring: Ring, error: OSError) -> OSError:
+        if error.errno != errno.EPROTO:
+            return error
+        return DeviceBroken(f"{self.name}: queue {ring.index}: {error.strerror}")
+
+    def __repr__(self) -> str:
+        kind = DeviceId(self.device_id).name.lower() if self.device_id is not None else "generic"
+        return f"<{type(self).__name__} {self.name}: {kind}, {'closed' if self._region is None else f'queues {self._indices}'}>"
+
+
+def _segments(buffers: Sequence[Buffer]) -> Segments:
+    return [(buffer.iova, buffer.size) for buffer in buffers]
+
+
+def _drain(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(fd)

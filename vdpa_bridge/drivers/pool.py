@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Where a driver's memory lies in the device's address space, and how buffers are taken from it and given back."""
+
+from __future__ import annotations
+
+import bisect
+
+from ..memory import PAGE, Buffer
+from ..wire import Iova, IovaRange, ProcessAddress
+
+_ALIGN = 64
+_MSI_FIRST, _MSI_LAST = 0xFEE00000, 0xFEEFFFFF
+"""x86 takes writes to these addresses for interrupts, and an IOMMU reserves them."""
+_LOW = 1 << 20
+
+
+def place(limits: IovaRange, size: int) -> Iova:
+    """A page-aligned IOVA for *size* bytes within *limits*, off 0 and off the interrupt window; ValueError when there is none."""
+    for start in (_LOW, PAGE, _MSI_LAST + 1):
+        iova = -(-max(start, limits.first) // PAGE) * PAGE
+        last = iova + size - 1
+        if last <= limits.last and (last < _MSI_FIRST or iova > _MSI_LAST):
+            return Iova(iova)
+    raise ValueError(f"no room for {size:#x} bytes in the IOVA range [{limits.first:#x}, {limits.last:#x}]; ask for a smaller pool")
+
+
+class Pool:
+    """First-fit allocator over one buffer, which it does not own; free pieces are kept sorted and merged."""
+
+    def __init__(self, whole: Buffer) -> None:
+        self._whole = whole
+        self._free: list[tuple[int, int]] = [(0, whole.size)]
+        self._taken: dict[int, int] = {}
+
+    def take(self, size: int) -> Buffer:
+        """A buffer of *size* bytes, aligned to 64, with whatever was there before; MemoryError when no piece is large enough."""
+        need = -(-size // _ALIGN) * _ALIGN
+        for at, (start, length) in enumerate(self._free):
+            if length >= need:
+                if length == need:
+                    del self._free[at]
+                else:
+                    self._free[at] = (start + need, length - need)
+                self._taken[start] = need
+                whole = self._whole
+                return Buffer(Iova(whole.iova + start), ProcessAddress(whole.address + start), whole.data[start : start + size])
+        raise MemoryError(f"the pool of {self._whole.size} bytes has no piece of {size} bytes free")
+
+    def give(self, buffer: Buffer) -> None:
+        """Take a buffer back; KeyError when it is not out."""
+        start = buffer.iova - self._whole.iova
+        length = self._taken.pop(start)
+        at = bisect.bisect(self._free, (start, length))
+        if at < len(self._free) and self._free[at][0] == start + length:
+            length += self._free.pop(at)[1]
+        if at and sum(self._free[at - 1]) == start:
+            start, before = self._free[at - 1]
+            length += before
+            at -= 1
+            del self._free[at]
+        self._free.insert(at, (start, length))
+
+    @property
+    def free(self) -> int:
+        """Bytes that are not taken, in however many pieces."""
+        return sum(length for _, length in self._free)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Devices that a process can be. ``make_model`` turns a kind and its options, as a user writes them, into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from .base import Model
+from .blk import BlkModel
+from .net import NetModel
+
+__all__ = ["KINDS", "BlkModel", "Model", "NetModel", "make_model"]
+
+KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {"blk": BlkModel.from_options, "net": NetModel.from_options}
+"""What there is, by the name it has in targets. Each takes options as text and raises ValueError for a wrong one."""
+
+
+def make_model(kind: str, options: Mapping[str, str]) -> Model:
+    """The model of *kind*; ValueError that names a wrong kind or option and the choices, OSError when a file cannot be opened."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown model {kind!r}; there is: {', '.join(sorted(KINDS))}")
+    return KINDS[kind](options)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A virtio network device that loops back (virtio 1.2, 5.1), by the rules of the kernel's simulator.
+
+Rule of this file: what drivers/vdpa/vdpa_sim/vdpa_sim_net.c does is right. A frame sent comes back when it goes to a
+group address or to the device's own; everything else is dropped, and so is a frame for which no receive buffer waits.
+The frame is copied verbatim, its virtio_net_hdr included.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Self
+
+from ..flags import Feature
+from ..virtio.config import parse_mac
+from ..virtio.features import NetFeature as F
+from ..virtio.ids import DeviceId
+from ..virtqueue import Chain
+from .base import Model, Queue
+from .options import check_options, parse_count
+
+RX, TX, CTRL = 0, 1, 2
+LONGEST = 4096
+"""Bytes of header and frame that come back; the rest is cut off."""
+DEFAULT_MAC = "02:00:00:00:00:01"
+DEFAULT_MTU = 1500
+
+_CONFIG = struct.Struct("<6sHHH")
+_LINK_UP = 1
+_CLASS_MAC, _MAC_ADDR_SET = 1, 1
+_OK, _ERR = b"\0", b"\1"
+
+
+class NetModel(Model):
+    """One queue pair and a control queue, which is a group of its own that can be put into another address space."""
+
+    device_id = DeviceId.NET
+    queue_count = 3
+    groups = (0, 0, 1)
+    address_spaces = 2
+    features = F.MTU | F.MAC | F.STATUS | F.CTRL_VQ | F.CTRL_MAC_ADDR
+
+    def __init__(self, mac: bytes, mtu: int = DEFAULT_MTU) -> None:
+        """*mac* is six bytes, *mtu* in bytes without the Ethernet header."""
+        self.mac = mac
+        self.mtu = mtu
+        self._header = 12
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        """``mac=52:54:00:12:34:56``, ``mtu=1500``."""
+        check_options("net", options, ("mac", "mtu"))
+        mac = parse_mac(options.get("mac", DEFAULT_MAC))
+        if mac[0] & 1:
+            raise ValueError(f"mac={options['mac']} is a group address, which no device has")
+        return cls(mac, parse_count("mtu", options.get("mtu", str(DEFAULT_MTU)), 68, 65535))
+
+    def config(self) -> bytes:
+        """``struct virtio_net_config`` up to the MTU: 12 bytes."""
+        return _CONFIG.pack(self.mac, _LINK_UP, 1, self.mtu)
+
+    def start(self, features: int) -> None:
+        """The header has its last field, num_buffers, for modern drivers (virtio 1.2, 5.1.6.1)."""
+        self._header = 12 if features & (Feature.VERSION_1 | F.MRG_RXBUF) else 10
+
+    def process(self, queues: Mapping[int, Queue], index: int) -> None:
+        """Serve a batch of one queue."""
+        if index == CTRL:
+            ctrl = queues[CTRL]
+            ctrl.push([(chain, chain.write(self._command(chain.read(0, 64)))) for chain in ctrl.pop()])
+        elif RX in queues and TX in queues:
+            self._loop(queues[RX], queues[TX])
+
+    def _loop(self, rx: Queue, tx: Queue) -> None:
+        """Frames are given back on both queues at once, received before sent: a driver that sees its frame sent finds it received."""
+        sent = tx.pop()
+        looped = [chain for chain in sent if self._accepts(chain)]
+        room = rx.pop(len(looped)) if looped else []
+        rx.push([(buffer, buffer.copy_from(chain, length=LONGEST)) for buffer, chain in zip(room, looped, strict=False)])
+        tx.push([(chain, 0) for chain in sent])
+
+    def _accepts(self, chain: Chain) -> bool:
+        """Whether the frame comes back: the lowest bit of the first byte marks group addresses, broadcast among them."""
+        to = chain.read(self._header, 6)
+        return len(to) == 6 and bool(to[0] & 1 or to == self.mac)
+
+    def _command(self, command: bytes) -> bytes:
+        """One control command (virtio 1.2, 5.1.6.5): setting the MAC address is all there is."""
+        if len(command) == 8 and command[:2] == bytes((_CLASS_MAC, _MAC_ADDR_SET)):
+            self.mac = command[2:]
+            return _OK
+        return _ERR
