@@ -65,14 +65,12 @@ cdef class IovaMap:
         iova_map_destroy(&self.map)
 
     cdef int settle(self) except -1:
-        cdef int left = PATIENCE
-        while self.busy:
-            if left == 0:
-                raise OSError(EBUSY, "I/O on this memory did not end within 5 s")
-            left -= 1
+        for _ in range(PATIENCE):
+            if not self.busy:
+                return 0
             with nogil:
                 usleep(100)
-        return 0
+        raise OSError(EBUSY, "I/O on this memory did not end within 5 s")
 
     cdef int unpoisoned(self, uint64_t before) except -1:
         if guard_events() != before and iova_map_poisoned(&self.map):
@@ -111,21 +109,17 @@ cdef class IovaMap:
         cdef uint64_t before = guard_events()
         cdef Py_buffer view
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        try:
-            if iova_write(&self.map, iova, view.buf, view.len):
-                raise OSError(EFAULT, f"write of {view.len} bytes at IOVA 0x{iova:x}: not mapped for writing")
-        finally:
-            PyBuffer_Release(&view)
+        cdef int error = iova_write(&self.map, iova, view.buf, view.len)
+        PyBuffer_Release(&view)
+        if error:
+            raise OSError(EFAULT, f"write of {view.len} bytes at IOVA 0x{iova:x}: not mapped for writing")
         self.unpoisoned(before)
 
     def regions(self):
         cdef list out = []
-        cdef size_t i
         cdef iova_region *region
-        for i in range(self.map.count):
-            region = &self.map.regions[i]
-            # A region of 2^64 bytes has a size of 0 in 64 bits.
-            out.append((region.iova, <object> (region.last - region.iova) + 1, <uintptr_t> region.host, region.perm))
+        for region in self.map.regions[:self.map.count]:
+                out.append((region.iova, <object> (region.last - region.iova) + 1, <uintptr_t> region.host, region.perm))
         return out
 
     @property

@@ -87,13 +87,14 @@ struct vq_device {
 	struct vring ring;
 	uint64_t generation; /* of the map, when `ring` was looked up */
 	uint64_t guard_seen;
-	size_t hint;
+	size_t hint; /* of buffers */
+	size_t table_hint; /* of indirect tables, which mostly lie elsewhere */
 	uint16_t next_avail;
 	uint16_t avail_seen; /* avail->idx as last read */
 	uint16_t used_idx;
 	bool call_always; /* until the first push: the driver may have missed one before us */
 	uint32_t in_flight;
-	uint64_t *busy; /* a bit per head that is popped and not pushed */
+	bool *busy; /* by head: popped and not pushed */
 	uint64_t *table; /* copy of the indirect table being walked */
 	struct vq_fault fault;
 };

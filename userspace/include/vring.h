@@ -42,14 +42,15 @@ struct vring_desc_value {
 	uint16_t next;
 };
 
-static inline uint64_t vring_avail_size(uint32_t num)
+/* The event index at the end exists only with VIRTIO_F_EVENT_IDX; a driver may end its memory before it. */
+static inline uint64_t vring_avail_size(uint32_t num, bool event_idx)
 {
-	return 6 + 2 * (uint64_t)num;
+	return 4 + 2 * (uint64_t)num + (event_idx ? 2 : 0);
 }
 
-static inline uint64_t vring_used_size(uint32_t num)
+static inline uint64_t vring_used_size(uint32_t num, bool event_idx)
 {
-	return 6 + 8 * (uint64_t)num;
+	return 4 + 8 * (uint64_t)num + (event_idx ? 2 : 0);
 }
 
 static inline bool vring_num_valid(uint32_t num)

@@ -21,8 +21,8 @@ static bool look_up_ring(struct vq_device *vq)
 {
 	const struct vq_device_config *c = &vq->config;
 	void *desc = iova_contiguous(c->map, &vq->hint, c->desc, (uint64_t)VRING_DESC_SIZE * c->num, IOVA_RO);
-	void *avail = iova_contiguous(c->map, &vq->hint, c->avail, vring_avail_size(c->num), IOVA_RO);
-	void *used = iova_contiguous(c->map, &vq->hint, c->used, vring_used_size(c->num), IOVA_WO);
+	void *avail = iova_contiguous(c->map, &vq->hint, c->avail, vring_avail_size(c->num, c->event_idx), IOVA_RO);
+	void *used = iova_contiguous(c->map, &vq->hint, c->used, vring_used_size(c->num, c->event_idx), IOVA_WO);
 
 	vq->generation = c->map->generation;
 	if (!desc || (uintptr_t)desc % 8)
@@ -65,7 +65,7 @@ int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
 	vq->config = *config;
 	if (!look_up_ring(vq))
 		return -EFAULT;
-	vq->busy = calloc((config->num + 63) / 64, sizeof(*vq->busy));
+	vq->busy = calloc(config->num, sizeof(*vq->busy));
 	vq->table = malloc((size_t)entries * VRING_DESC_SIZE);
 	if (!vq->busy || !vq->table) {
 		vq_device_destroy(vq);
@@ -115,7 +115,7 @@ static bool open_table(struct vq_device *vq, uint16_t head, struct vring_desc_va
 		return set_fault(vq, VQ_INDIRECT_NEXT, head, 0);
 	if (desc.length == 0 || desc.length % VRING_DESC_SIZE || desc.length / VRING_DESC_SIZE > most)
 		return set_fault(vq, VQ_INDIRECT_SIZE, head, desc.length);
-	if (iova_translate(vq->config.map, &vq->hint, desc.address, desc.length, IOVA_RO, &one) == 0)
+	if (iova_translate(vq->config.map, &vq->table_hint, desc.address, desc.length, IOVA_RO, &one) == 0)
 		memcpy(vq->table, iov.iov_base, desc.length);
 	else if (iova_read(vq->config.map, desc.address, vq->table, desc.length))
 		return set_fault(vq, VQ_INDIRECT_UNMAPPED, head, desc.address);
@@ -189,6 +189,7 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 {
 	size_t count = 0;
 	uint32_t ready;
+	uint16_t next = vq->next_avail;
 
 	if (!usable(vq))
 		return 0;
@@ -196,17 +197,16 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 	if (ready < limit)
 		ready = waiting(vq);
 	while (count < limit && count < ready) {
-		uint16_t head = ring16_load(avail_slot(&vq->ring, vq->next_avail), memory_order_relaxed);
+		uint16_t head = ring16_load(avail_slot(&vq->ring, next), memory_order_relaxed);
 		struct vq_chain *chain = &chains[count]; /* built in place: a copy would wait for its own stores */
-		uint64_t bit = UINT64_C(1) << (head % 64);
 		bool full = false;
 
 		if (head >= vq->ring.num) {
-			set_fault(vq, VQ_HEAD_RANGE, vq->next_avail, head);
+			set_fault(vq, VQ_HEAD_RANGE, next, head);
 			break;
 		}
-		if (vq->busy[head / 64] & bit) {
-			set_fault(vq, VQ_HEAD_BUSY, vq->next_avail, head);
+		if (vq->busy[head]) {
+			set_fault(vq, VQ_HEAD_BUSY, next, head);
 			break;
 		}
 		*chain = (struct vq_chain){ .first = pieces->used, .head = head };
@@ -216,11 +216,12 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 				set_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
 			break;
 		}
-		vq->busy[head / 64] |= bit;
-		vq->in_flight++;
-		vq->next_avail++;
+		vq->busy[head] = true;
+		next++;
 		count++;
 	}
+	vq->next_avail = next;
+	vq->in_flight += (uint32_t)count;
 	if (!sound(vq))
 		return 0;
 	return count;
@@ -249,18 +250,17 @@ int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t coun
 		return -EPROTO;
 	for (i = 0; i < count; i++) {
 		uint16_t head = done[i].head;
-		uint64_t bit = UINT64_C(1) << (head % 64);
-		_Atomic uint32_t *slot = used_slot(&vq->ring, vq->used_idx);
+		_Atomic uint32_t *slot = used_slot(&vq->ring, (uint16_t)(before + i));
 
-		if (head >= vq->ring.num || !(vq->busy[head / 64] & bit))
+		if (head >= vq->ring.num || !vq->busy[head])
 			break;
-		vq->busy[head / 64] &= ~bit;
-		vq->in_flight--;
+		vq->busy[head] = false;
 		atomic_store_explicit(&slot[0], htole32(head), memory_order_relaxed);
 		atomic_store_explicit(&slot[1], htole32(done[i].written), memory_order_relaxed);
-		vq->used_idx++;
 	}
-	if (vq->used_idx != before) {
+	if (i) {
+		vq->used_idx = (uint16_t)(before + i);
+		vq->in_flight -= (uint32_t)i;
 		/* pair [C]: release, entries and the data written before are visible with the index. virtio 1.2, 2.7.8.2 */
 		ring16_store(used_idx(&vq->ring), vq->used_idx, memory_order_release);
 		due = call_due(vq, before);

@@ -21,8 +21,8 @@ struct vq_layout vq_layout(uint32_t num, uint32_t table_entries)
 	struct vq_layout layout = { .desc = 0 };
 
 	layout.avail = (uint64_t)VRING_DESC_SIZE * num;
-	layout.used = align(layout.avail + vring_avail_size(num), LINE);
-	layout.tables = align(layout.used + vring_used_size(num), LINE);
+	layout.used = align(layout.avail + vring_avail_size(num, true), LINE);
+	layout.tables = align(layout.used + vring_used_size(num, true), LINE);
 	layout.size = layout.tables + (uint64_t)VRING_DESC_SIZE * num * table_entries;
 	return layout;
 }
@@ -68,7 +68,8 @@ int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 	memset(area, 0, vq->layout.size);
 	ring16_store(avail_idx(&vq->ring), config->base, memory_order_relaxed);
 	ring16_store(used_idx(&vq->ring), config->base, memory_order_relaxed);
-	ring16_store(used_event(&vq->ring), config->base, memory_order_relaxed);
+	if (config->event_idx)
+		ring16_store(used_event(&vq->ring), config->base, memory_order_relaxed);
 	(void)sound(vq);
 	return 0;
 }

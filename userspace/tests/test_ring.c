@@ -215,6 +215,11 @@ static void refused(void)
 	device.avail = 256;
 	CHECK(vq_device_init(&vq, &device) == 0);
 	vq_device_destroy(&vq);
+	device.avail = 512 - (4 + 2 * 8); /* up to the region's end: no room for the event index */
+	CHECK(vq_device_init(&vq, &device) == 0);
+	vq_device_destroy(&vq);
+	device.event_idx = true;
+	CHECK(vq_device_init(&vq, &device) == -EFAULT);
 	iova_map_destroy(&map);
 }
 
