@@ -20,7 +20,8 @@ from ..errors import RemoteProtocolError, device_error
 from ..eventfd import EventFd
 from ..flags import BackendFeature as B
 from ..flags import Feature, Status
-from ..ops import Absent, Op, Rep, Req
+from ..memory import M, as_seen
+from ..ops import Op, Rep, Req
 from ..wire import (
     EMPTY,
     U8,
@@ -97,7 +98,9 @@ class RuledBackend(Backend):
             if self._closed:
                 raise refuse(errno.EBADF, "this session is closed")
             if method is None:
-                raise refuse(errno.EOPNOTSUPP, op.legacy.why if isinstance(op.legacy, Absent) else "")
+                if isinstance(request, VringState):
+                    self._ring(request.index)  # vhost_vdpa_vring_ioctl asks for owner and queue first
+                raise refuse(errno.EOPNOTSUPP, self.capability(op).note)
             with self._lock:
                 reply = method(self, request)
         except RemoteProtocolError:
@@ -188,6 +191,11 @@ class RuledBackend(Backend):
     def _need_owner(self) -> None:
         if not self._owned:
             raise refuse(errno.EPERM)
+
+    def _for_memory(self, request: M) -> M:
+        """An IOTLB message as it counts; EPERM without an owner."""
+        self._need_owner()
+        return as_seen(request, self._backend_features)
 
     def _get_status(self, request: Empty) -> U8:
         return U8(self._status)
