@@ -84,6 +84,11 @@ VHOST_ONLY_FEATURES = VHOST_F_LOG_ALL | VHOST_USER_F_PROTOCOL_FEATURES
 """Bits of a vhost-user feature word that are not the device's."""
 
 
+def without(value: int, bits: int) -> int:
+    """*value* less *bits*. ``value & ~bits`` would drop bits that have no name as well, as ``~`` of an IntFlag knows only named ones."""
+    return int(value) & ~int(bits)
+
+
 def bit_names(flags: type[IntFlag], value: int) -> list[str]:
     """The names of the set bits, ``bit 57`` for those without one."""
     known = {int(member): member.name or "" for member in flags}

@@ -14,17 +14,20 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeVar
 
 from . import _virtqueue
-from .wire import RO, RW, IotlbBatchBegin, IotlbBatchEnd, IotlbInvalidate, IotlbUpdate, Iova, ProcessAddress
+from .flags import BackendFeature
+from .wire import RO, RW, IotlbBatchBegin, IotlbBatchEnd, IotlbInvalidate, IotlbPayload, IotlbUpdate, Iova, ProcessAddress
 
 PAGE = 4096
 """The granule of every mapping. Devices that pin memory map whole pages (kernel: vhost_vdpa_pa_map)."""
 
 U64_MAX = (1 << 64) - 1
+MAX_MAPPINGS = 8192
+"""Mappings in one address space: far more than a VMM makes, far less than a process can hold (vm.max_map_count)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -145,6 +148,21 @@ class Entry(Generic[V]):
         return self.iova + self.size - 1
 
 
+M = TypeVar("M", bound=IotlbPayload)
+
+
+def as_seen(request: M, backend_features: int) -> M:
+    """*request* as the device understands it: without IOTLB_ASID acknowledged the address space is padding, and is 0."""
+    if request.asid and not backend_features & BackendFeature.IOTLB_ASID:
+        return replace(request, asid=0)  # type: ignore[type-var]
+    return request
+
+
+def _first_behind(space: Sequence[Entry[Any]], iova: int) -> int:
+    """Index of the first entry that does not end before *iova*."""
+    return bisect.bisect_left(space, iova, key=lambda entry: entry.last)
+
+
 def _refuse(number: int, why: str) -> OSError:
     return OSError(number, why)
 
@@ -180,7 +198,9 @@ class IotlbTable(Generic[V]):
         for name, value in (("iova", iova), ("size", size), ("offset", update.offset)):
             if value % PAGE:
                 raise _refuse(errno.EINVAL, f"{name} {value:#x} is not a multiple of {PAGE}")
-        at = bisect.bisect_right(space, iova, key=lambda entry: Iova(entry.last + 1))
+        if len(space) >= MAX_MAPPINGS:
+            raise _refuse(errno.ENOSPC, f"address space {update.asid} holds {MAX_MAPPINGS} mappings, which is the limit")
+        at = _first_behind(space, iova)
         if at < len(space) and space[at].iova <= iova + size - 1:
             there = space[at]
             raise _refuse(errno.EEXIST, f"[{iova:#x}, {iova + size - 1:#x}] overlaps [{there.iova:#x}, {there.last:#x}], which is mapped")
@@ -192,37 +212,45 @@ class IotlbTable(Generic[V]):
         bisect.insort(self._spaces[update.asid], entry, key=lambda e: e.iova)
         return entry
 
-    def inside(self, request: IotlbInvalidate) -> list[Entry[V]]:
-        """The mappings that *request* takes away; EINVAL when it would cut one in two."""
+    def _hit(self, request: IotlbInvalidate) -> tuple[list[Entry[V]], slice]:
+        """The address space, and the entries of it that *request* takes away; EINVAL when it would cut one in two."""
         space = self._space(request.asid)
         if request.size <= 0:
             raise _refuse(errno.EINVAL, "size is 0")
         last = request.iova + request.size - 1
         if last > U64_MAX:
             raise _refuse(errno.EINVAL, f"[{request.iova:#x}, {last:#x}] wraps around")
-        hit = [e for e in space if e.iova <= last and e.last >= request.iova]
-        for e in hit:
+        hit = slice(_first_behind(space, request.iova), bisect.bisect_right(space, last, key=lambda entry: entry.iova))
+        for e in space[hit][:1] + space[hit][-1:]:
             if e.iova < request.iova or e.last > last:
-                raise _refuse(errno.EINVAL, f"[{request.iova:#x}, {last:#x}] cuts the mapping [{e.iova:#x}, {e.last:#x}]: invalidate exactly what was mapped")
-        return hit
+                raise _refuse(
+                    errno.EINVAL,
+                    f"[{request.iova:#x}, {last:#x}] cuts the mapping [{e.iova:#x}, {e.last:#x}]: invalidate exactly what was mapped",
+                )
+        return space, hit
+
+    def inside(self, request: IotlbInvalidate) -> list[Entry[V]]:
+        """The mappings that *request* takes away; EINVAL when it would cut one in two."""
+        space, hit = self._hit(request)
+        return space[hit]
 
     def remove(self, request: IotlbInvalidate) -> list[Entry[V]]:
         """Take the mappings inside *request* out, and return them."""
-        hit = self.inside(request)
-        space = self._spaces[request.asid]
-        for entry in hit:
-            space.remove(entry)
-        return hit
+        space, hit = self._hit(request)
+        gone = space[hit]
+        del space[hit]
+        return gone
 
     def begin(self, request: IotlbBatchBegin) -> None:
         """Open a batch; opening it again for the same address space is allowed, as in the kernel."""
         self._space(request.asid)
         self.batch = request.asid
 
-    def end(self, request: IotlbBatchEnd) -> None:
-        """Close the batch; without one nothing happens, as in the kernel."""
+    def end(self, request: IotlbBatchEnd) -> bool:
+        """Close the batch; without one nothing happens, and False is returned."""
         self._space(request.asid)
-        self.batch = None
+        was_open, self.batch = self.batch is not None, None
+        return was_open
 
     def clear(self) -> list[Entry[V]]:
         """Forget everything, and return it."""

@@ -249,6 +249,7 @@ class IotlbPayload(Payload):
     """A request that travels as a ``vhost_msg_v2``; ``msgtype`` tells which."""
 
     msgtype: ClassVar[int]
+    asid: int
 
     def message(self, uaddr: int = 0) -> bytes:
         """The 72 bytes to write; *uaddr* is the mapping's address (kernel) or its offset in the fd (socket)."""

@@ -22,7 +22,7 @@ _HINTS: dict[tuple[Op[Any, Any], int], str] = {
     (ops.SET_BACKEND_FEATURES, errno.EINVAL): "DESC_ASID needs IOTLB_ASID",
     (ops.GET_CONFIG, errno.EINVAL): "the range is empty or leaves the configuration space (GET_CONFIG_SIZE)",
     (ops.SET_CONFIG, errno.EINVAL): "the range is empty or leaves the configuration space (GET_CONFIG_SIZE)",
-    (ops.SET_VRING_NUM, errno.EINVAL): "a split ring has a power of two of entries, at most 32768",
+    (ops.SET_VRING_NUM, errno.EINVAL): "a split ring has a power of two of entries, at most GET_VRING_NUM",
     (ops.SET_VRING_ADDR, errno.EINVAL): "avail is aligned to 2, used to 4; no change while the device runs",
     (ops.SET_VRING_ADDR, errno.EOPNOTSUPP): "the only flag is bit 0 (log)",
     (ops.SET_VRING_BASE, errno.EINVAL): "a split base is at most 65535; no change while the device runs",
@@ -31,6 +31,15 @@ _HINTS: dict[tuple[Op[Any, Any], int], str] = {
     (ops.SUSPEND, errno.EOPNOTSUPP): "this device cannot be suspended; reset it instead",
     (ops.RESUME, errno.EOPNOTSUPP): "this device cannot be resumed; reset it instead",
 }
+
+
+_CHOICES = (ops.SET_BACKEND_FEATURES, ops.SET_VRING_ADDR, ops.SET_VRING_BASE)
+"""Operations for which EOPNOTSUPP speaks of the value in the request, not of the operation."""
+
+
+def lacking(op: Op[Any, Any], number: int) -> bool:
+    """Whether errno *number* says that the device has no *op* at all."""
+    return number == errno.EOPNOTSUPP and op not in _CHOICES
 
 
 def hint(op: Op[Any, Any], number: int) -> str:

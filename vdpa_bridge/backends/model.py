@@ -241,24 +241,24 @@ class ModelBackend(RuledBackend):
         self._group_space[request.index] = request.num
 
     def _iotlb_update(self, request: IotlbUpdate) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._table.check(request)
         mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
         self._table.add(request, mapping)
         self._maps[request.asid].add(request.iova, request.size, mapping.address, request.perm)
 
     def _iotlb_invalidate(self, request: IotlbInvalidate) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         for entry in self._table.remove(request):
             self._maps[request.asid].remove(entry.iova, entry.size)
             entry.value.close()
 
     def _iotlb_batch_begin(self, request: IotlbBatchBegin) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._table.begin(request)
 
     def _iotlb_batch_end(self, request: IotlbBatchEnd) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._table.end(request)
 
 

@@ -19,7 +19,7 @@ from .. import ops
 from ..errors import RemoteProtocolError, device_error
 from ..eventfd import EventFd
 from ..flags import BackendFeature as B
-from ..flags import Feature, Status
+from ..flags import Feature, Status, without
 from ..memory import M, as_seen
 from ..ops import Op, Rep, Req
 from ..wire import (
@@ -39,8 +39,6 @@ from .hints import hint
 
 FEATURES_OK, DRIVER_OK, ACCESS_PLATFORM = int(Status.FEATURES_OK), int(Status.DRIVER_OK), int(Feature.ACCESS_PLATFORM)
 """As plain numbers: arithmetic on flag types costs more than the rest of an operation."""
-LARGEST_RING = 32768
-"""Entries of the largest split ring (virtio 1.2, 2.7)."""
 
 
 def refuse(number: int, why: str = "") -> OSError:
@@ -179,7 +177,7 @@ class RuledBackend(Backend):
         return U64(self.offered_backend_features)
 
     def _set_backend_features(self, request: U64) -> None:
-        if request.value & ~self.offered_backend_features:
+        if without(request.value, self.offered_backend_features):
             raise refuse(errno.EOPNOTSUPP)
         self._backend_features = request.value
 
@@ -250,7 +248,7 @@ class RuledBackend(Backend):
 
     def _set_vring_num(self, request: VringState) -> None:
         ring = self._ring(request.index)
-        if not 0 < request.num <= LARGEST_RING or request.num & (request.num - 1):
+        if not 0 < request.num <= self.queue_size or request.num & (request.num - 1):
             raise refuse(errno.EINVAL)
         ring.num = request.num
 

@@ -36,11 +36,14 @@ class ServedQueue:
         self.call_due = False
         self.popped = False
         """Whether the model looked at the ring in this pass; receive buffers that it leaves alone are no work."""
+        self.short = False
+        """Whether it found fewer chains there than it asked for, and so waits for a kick."""
 
     def pop(self, limit: int = 64) -> list[Chain]:
         """See ``models.base.Queue``."""
-        self.popped = True
-        return self.queue.pop_many(limit)
+        chains = self.queue.pop_many(limit)
+        self.popped, self.short = True, len(chains) < limit
+        return chains
 
     def push(self, done: list[tuple[Chain, int]]) -> None:
         """See ``models.base.Queue``."""
@@ -163,11 +166,13 @@ class Runner:
             if ring is None:
                 continue
             try:
-                ring.popped = False
+                for other in self.rings.values():
+                    other.popped = other.short = False
                 ring.queue.disable_kick()
                 self._model.process(self.rings, index)
                 if ring.queue.enable_kick() and ring.popped:
                     self._pending.add(index)
+                self._pending.update(i for i, other in self.rings.items() if other.short and other is not ring and other.queue.enable_kick())
             except Exception as error:  # a model or a driver at fault must not take the process down
                 if ring.queue.broken is None:
                     _log.exception("%s: queue %d: the model failed", self._name, index)

@@ -6,19 +6,21 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .. import ops
 from ..errors import LocalProtocolError, RemoteProtocolError, device_error
 from ..flags import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature
 from ..ops import Call, Op, Rep, Req
 from ..vhost_user import messages
-from ..vhost_user.connection import Connection, Segment
+from ..vhost_user.connection import Connection
 from ..vhost_user.framing import HEADER, frame
 from ..vhost_user.vdpa_mode import HELLO_OP, MAX_PAYLOAD, OUR_HELLO, check_hello, parse_reply, request_bytes
-from ..wire import U64
-from .base import NATIVE, Backend, Capability
-from .hints import hint
+from ..wire import EMPTY, U64
+from .base import ABSENT, NATIVE, Backend, Capability
+from .hints import hint, lacking
 from .vhost_user_legacy import VhostUserLegacy
 
 _REPLY_BUDGET = 65536
@@ -68,6 +70,7 @@ class VhostUserVdpa(Backend):
             raise RemoteProtocolError(f"{self.name}: the peer refuses HELLO with errno {error}")
         check_hello(hello)
         self._hello = hello
+        self._missing: set[Op[Any, Any]] = set()
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """One round trip."""
@@ -75,21 +78,32 @@ class VhostUserVdpa(Backend):
         if len(data) > HEADER.size + self._hello.max_payload:
             raise LocalProtocolError(f"{op.name} on {self.name}: {len(data)} bytes, the peer takes {self._hello.max_payload}")
         connection = self._connection
-        connection.send(data, fds, op.name)
+        if not connection.send(data, fds, op.name):
+            raise self._refused(op, errno.EBADF)
         error, reply = parse_reply(op, *connection.reply(op.name))
         if reply is None:
-            raise device_error(error, op.name, self.name, hint(op, error))
+            raise self._refused(op, error)
         return reply
+
+    def _refused(self, op: Op[Any, Any], number: int) -> OSError:
+        if lacking(op, number):
+            self._missing.add(op)
+        return device_error(number, op.name, self.name, hint(op, number))
 
     def call_many(self, calls: Sequence[Call]) -> list[Any]:
         """All requests first, then all replies, as far as the peer's limits allow."""
         results: list[Any] = []
         for part in self._portions(calls):
-            for data, fds in _segments(part):
-                self._connection.send(data, fds, f"{part[0][0].name} and {len(part) - 1} more requests")
-            for op, _ in part:
-                error, reply = parse_reply(op, *self._connection.reply(op.name))
-                results.append(device_error(error, op.name, self.name, hint(op, error)) if reply is None else reply)
+            unsent: set[int] = set()
+            what = f"{part[0][0].name} and {len(part) - 1} more requests"
+            for first, data, fds in _segments(part):
+                if not self._connection.send(data, fds, what):  # the first message goes missing with its descriptors
+                    unsent.add(first)
+                    if rest := data[HEADER.size + HEADER.unpack_from(data)[2] :]:
+                        self._connection.send(rest, (), what)
+            for at, (op, _) in enumerate(part):
+                error, reply = (errno.EBADF, None) if at in unsent else parse_reply(op, *self._connection.reply(op.name))
+                results.append(self._refused(op, error) if reply is None else reply)
         return results
 
     def _portions(self, calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
@@ -105,7 +119,11 @@ class VhostUserVdpa(Backend):
             yield calls[start:]
 
     def capability(self, op: Op[Any, Any]) -> Capability:
-        """Every operation has its message; what the device makes of it is the device's."""
+        """Native, unless the device said no, or does not offer the back-end feature: every operation has its message."""
+        if op in self._missing:
+            return Capability(ABSENT, "the device behind the socket does not have it")
+        if op.gate is not None and not self.call(ops.GET_BACKEND_FEATURES, EMPTY).value & op.gate:
+            return Capability(ABSENT, f"back-end feature {op.gate.name} not offered")
         return Capability(NATIVE)
 
     def facts(self) -> dict[str, object]:
@@ -117,20 +135,24 @@ class VhostUserVdpa(Backend):
         self._connection.close()
 
 
-def _segments(calls: Sequence[Call]) -> Iterator[Segment]:
-    """As few sends as possible: a message that brings descriptors starts a new one, the next without follow in it."""
+def _segments(calls: Sequence[Call]) -> Iterator[tuple[int, bytes, tuple[int, ...]]]:
+    """As few sends as possible: a message that brings descriptors starts a new one, the next without follow in it.
+
+    Each is the place of its first message in *calls*, its bytes, and the descriptors of that message.
+    """
     data = bytearray()
     beside: tuple[int, ...] = ()
-    for op, request in calls:
+    first = 0
+    for at, (op, request) in enumerate(calls):
         more, fds = request_bytes(op, request)
         if len(more) > HEADER.size + MAX_PAYLOAD:
             raise LocalProtocolError(f"{op.name}: {len(more)} bytes are too many for one message")
         if data and (fds or len(data) + len(more) > _SEGMENT):
-            yield bytes(data), beside
+            yield first, bytes(data), beside
             data.clear()
-            beside = ()
+            beside, first = (), at
         beside = beside or fds
         data += more
     if data:
-        yield bytes(data), beside
+        yield first, bytes(data), beside
 

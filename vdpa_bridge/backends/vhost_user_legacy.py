@@ -12,6 +12,7 @@ ring, GET_VRING_BASE stops it, and back-ends drop kick, call and sometimes the a
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from .. import ops
 from ..errors import RemoteProtocolError
 from ..eventfd import EventFd
-from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, Feature, Status
+from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, Feature, Status, without
 from ..flags import BackendFeature as B
 from ..flags import ProtocolFeature as P
 from ..memory import IotlbTable
@@ -168,7 +169,7 @@ class VhostUserLegacy(RuledBackend):
         return U64(self._ask_u64(m.GET_FEATURES) & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM)
 
     def _on_features(self, features: int) -> None:
-        accepted = features & self._offered & ~Feature.ACCESS_PLATFORM & ~VHOST_ONLY_FEATURES
+        accepted = without(features & self._offered, Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES)
         self._tell(m.SET_FEATURES, U64(accepted | self._offered & VHOST_USER_F_PROTOCOL_FEATURES).pack())
 
     def _get_device_id(self, request: Empty) -> U32:
@@ -267,8 +268,16 @@ class VhostUserLegacy(RuledBackend):
             self._tell_event(m.SET_VRING_KICK, index, ring.kick)
 
     def _tell_event(self, row: m.Legacy, index: int, event: EventFd | None) -> None:
-        word = U64(index if event is not None else index | m.NOFD).pack()
-        self._tell(row, word, (event.fd,) if event is not None else ())
+        if event is not None:
+            self._tell(row, U64(index).pack(), (event.fd,))
+        elif row is not m.SET_VRING_KICK:
+            self._tell(row, U64(index | m.NOFD).pack())
+        else:  # "no descriptor" would ask the peer to poll: it gets one that nobody kicks
+            idle = os.eventfd(0, os.EFD_CLOEXEC)
+            try:
+                self._tell(row, U64(index).pack(), (idle,))
+            finally:
+                os.close(idle)
 
     def _on_enable(self, index: int, ring: Ring) -> None:
         if ring.enabled and index not in self._started:
@@ -341,10 +350,12 @@ class VhostUserLegacy(RuledBackend):
             raise refuse(errno.EINVAL)
 
     def _iotlb_update(self, request: IotlbUpdate) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._table.check(request)
         if os.fstat(request.fd).st_size < request.offset + request.size:
             raise refuse(errno.EINVAL, f"the descriptor holds {os.fstat(request.fd).st_size:#x} bytes, the mapping needs {request.offset + request.size:#x}")
+        if fcntl.fcntl(request.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise refuse(errno.EACCES, "peers map every region for reading and writing, this descriptor does not allow both")
         if len(self._table) >= self._slots:
             raise refuse(errno.ENOSPC, f"the peer takes {self._slots} memory regions; map fewer, larger pieces")
         region = _Region(m.MemoryRegion(request.iova, request.size, request.iova, request.offset), os.dup(request.fd))
@@ -357,16 +368,16 @@ class VhostUserLegacy(RuledBackend):
             raise
 
     def _iotlb_invalidate(self, request: IotlbInvalidate) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._removed += [entry.value for entry in self._table.remove(request)]
         self._memory_changed()
 
     def _iotlb_batch_begin(self, request: IotlbBatchBegin) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._table.begin(request)
 
     def _iotlb_batch_end(self, request: IotlbBatchEnd) -> None:
-        self._need_owner()
+        request = self._for_memory(request)
         self._table.end(request)
         self._send_memory()
 

@@ -17,7 +17,7 @@ from typing import Any
 from .. import _ioctl, ops
 from ..errors import device_error, reason
 from ..flags import BackendFeature
-from ..memory import IotlbTable, SharedMapping
+from ..memory import IotlbTable, SharedMapping, as_seen
 from ..ops import Op, Rep, Req
 from ..wire import (
     EMPTY,
@@ -28,7 +28,7 @@ from ..wire import (
     IotlbUpdate,
 )
 from .base import ABSENT, NATIVE, Backend, Capability
-from .hints import hint
+from .hints import hint, lacking
 
 ENOTSUPP = 524
 """The kernel's internal errno that leaks from open() and mmap() of vhost-vdpa; libc has no name for it."""
@@ -60,6 +60,8 @@ class VhostVdpa(Backend):
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """One ioctl, or one write for an IOTLB operation."""
+        if self._fd < 0:
+            raise device_error(errno.EBADF, op.name, self.name, "this session is closed")
         if op.msgtype is not None:
             self._iotlb(op, request)
             return EMPTY  # type: ignore[return-value]
@@ -87,7 +89,7 @@ class VhostVdpa(Backend):
         if number == errno.ENOTTY:
             self._missing.add(op)
             return device_error(errno.EOPNOTSUPP, op.name, self.name, f"this kernel does not know it (since Linux {op.since})")
-        if number == errno.EOPNOTSUPP:
+        if lacking(op, number):
             self._missing.add(op)
         return device_error(number, op.name, self.name, hint(op, number))
 
@@ -111,6 +113,7 @@ class VhostVdpa(Backend):
         if self._owned is False:
             raise device_error(errno.EPERM, op.name, self.name, hint(op, errno.EPERM))
         table = self._mappings()
+        request = as_seen(request, self._backend_features)
         try:
             if op is ops.IOTLB_UPDATE:
                 self._update(table, request)
@@ -122,9 +125,8 @@ class VhostVdpa(Backend):
             elif op is ops.IOTLB_BATCH_BEGIN:
                 table.begin(request)
                 self._write(request)
-            else:
-                table.end(request)
-                self._write(request)
+            elif table.end(request):
+                self._write(request)  # without a batch, nor an address space yet, the kernel answers EFAULT
         except OSError as error:
             raise device_error(error.errno or errno.EFAULT, op.name, self.name, reason(error)) from None
 

@@ -27,10 +27,6 @@ _OPEN_HINTS = {
     errno.EAGAIN: "the back-end does not accept the connection; most serve one client at a time",
 }
 
-Segment = tuple[bytes, tuple[int, ...]]
-"""Bytes to send, and the descriptors that go with the first of them."""
-
-
 class Connection:
     """A connected vhost-user socket. *name* and *timeout* (seconds for each answer) go into every error.
 
@@ -77,8 +73,8 @@ class Connection:
         self._dead = error
         return error
 
-    def send(self, data: bytes, fds: Sequence[int] = (), what: str = "") -> None:
-        """Send all of *data*; the descriptors go with its first byte."""
+    def send(self, data: bytes, fds: Sequence[int] = (), what: str = "") -> bool:
+        """Send all of *data*; the descriptors go with its first byte. False, with nothing sent, when one of them is not open."""
         if self._dead is not None:
             raise type(self._dead)(f"{self.name}: the connection is dead: {self._dead}")
         try:
@@ -90,9 +86,12 @@ class Connection:
         except (BrokenPipeError, ConnectionResetError):
             raise self._fail(PeerClosed(f"{self.name}: the peer closed the connection before {what or 'a message'}")) from None
         except OSError as error:
-            if error.errno in (errno.EBADF, errno.ETOOMANYREFS) and fds:
-                raise LocalProtocolError(f"{self.name}: {what}: cannot pass descriptors {list(fds)}: {error.strerror}") from None
+            if error.errno == errno.EBADF and fds:
+                return False
+            if error.errno == errno.ETOOMANYREFS:
+                raise LocalProtocolError(f"{self.name}: {what}: too many descriptors are under way: {error.strerror}") from None
             raise
+        return True
 
     def reply(self, what: str) -> tuple[int, int, memoryview]:
         """The next message from the peer: request, flags, payload. *what* we wait for goes into errors."""
@@ -141,4 +140,4 @@ class Connection:
         return f"<Connection {self.name} pid {os.getpid()}>"
 
 
-__all__ = ["MAX_FDS", "Connection", "Segment"]
+__all__ = ["MAX_FDS", "Connection"]

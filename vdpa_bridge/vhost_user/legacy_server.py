@@ -22,7 +22,7 @@ from ..backends.base import Backend
 from ..device import UNDERSTOOD, first_error
 from ..errors import RemoteProtocolError, reason
 from ..eventfd import kick
-from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status
+from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status, without
 from ..flags import ProtocolFeature as P
 from ..memory import PAGE
 from ..ops import Call
@@ -264,7 +264,7 @@ class LegacyService:
 
     def _get_features(self, message: Frame, request: Empty) -> U64:
         device = self._backend.call(ops.GET_FEATURES, EMPTY).value
-        return U64(device & ~Feature.ACCESS_PLATFORM & ~VHOST_ONLY_FEATURES | VHOST_USER_F_PROTOCOL_FEATURES)
+        return U64(without(device, Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES) | VHOST_USER_F_PROTOCOL_FEATURES)
 
     def _set_features(self, message: Frame, request: U64) -> None:
         offered = self._get_features(message, EMPTY).value
@@ -280,7 +280,7 @@ class LegacyService:
         return U64(self._offered)
 
     def _set_protocol_features(self, message: Frame, request: U64) -> None:
-        if extra := request.value & ~self._offered:
+        if extra := without(request.value, self._offered):
             raise ValueError(f"accepts {extra:#x}, which was not offered ({int(self._offered):#x})")
         self._protocol = P(request.value)
 

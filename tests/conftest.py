@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What all tests share: the homes of a device, the count of what a test leaves behind, skips that can be forbidden.
+
+``VDPA_BRIDGE_REQUIRE=peers,lab`` (either or both) makes a failure of every test that would be skipped because
+programs, or the lab's devices, are not there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from vdpa_bridge.device import Device
+
+from .support.homes import HOMES, Home, Opener
+from .support.probe import Probe, probing
+
+REQUIRED = set(filter(None, os.environ.get("VDPA_BRIDGE_REQUIRE", "").split(",")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if unknown := REQUIRED - {"peers", "lab"}:
+        raise pytest.UsageError(f"VDPA_BRIDGE_REQUIRE knows peers and lab, not {', '.join(sorted(unknown))}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    required = REQUIRED & {mark.name for mark in item.iter_markers()}
+    if required and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"VDPA_BRIDGE_REQUIRE={','.join(sorted(required))} forbids this: {reason}"
+    return report
+
+
+# Homes -----------------------------------------------------------------------------------------------------------------
+
+
+def _params(kind: str | None) -> list[object]:
+    """The homes as parameters: one that is missing gives one skip in test_homes, and no test."""
+    chosen = [home for home in HOMES if (kind is None or home.kind == kind) and not home.missing]
+    return [pytest.param(home, id=str(home), marks=[getattr(pytest.mark, home.mark)] if home.mark else []) for home in chosen]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that use a home run in all of them; ``blk_home`` and ``net_home`` choose those with such a device."""
+    if "place" in metafunc.fixturenames:
+        kind = next((kind for kind in ("blk", "net") if f"{kind}_home" in metafunc.fixturenames), None)
+        metafunc.parametrize("place", _params(kind), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[Home, Opener]]:
+    """A home, started once for all tests in it."""
+    home: Home = request.param
+    with home.start(home.kind) as opener:
+        yield home, opener
+
+
+@pytest.fixture
+def home(place: tuple[Home, Opener]) -> Home:
+    """Every home in turn."""
+    return place[0]
+
+
+@pytest.fixture
+def blk_home(place: tuple[Home, Opener]) -> Home:
+    """Homes of block devices."""
+    return place[0]
+
+
+@pytest.fixture
+def net_home(place: tuple[Home, Opener]) -> Home:
+    """Homes of network devices."""
+    return place[0]
+
+
+@pytest.fixture
+def opener(place: tuple[Home, Opener]) -> Opener:
+    """Opens the device of the test's home."""
+    return place[1]
+
+
+@pytest.fixture
+def probe(place: tuple[Home, Opener]) -> Iterator[Probe]:
+    """One opening, closed after the test."""
+    home, opener = place
+    with probing(home, opener()) as probe:
+        yield probe
+
+
+@pytest.fixture
+def device(opener: Opener) -> Iterator[Device]:
+    """One opening as a Device, closed after the test."""
+    with Device(opener()) as device:
+        yield device
+
+
+# What is left behind ---------------------------------------------------------------------------------------------------
+
+
+def belongings() -> Counter[str]:
+    """Descriptors, shared mappings and threads of this process."""
+    things: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            link = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue  # the one that listed the directory
+        things["fd " + re.sub(r"\d+", "N", link)] += 1
+    with open("/proc/self/maps") as maps:
+        things.update("map " + line.split(maxsplit=5)[5].strip() for line in maps if "/memfd:" in line or " rw-s " in line)
+    things.update(f"thread {thread.name}" for thread in threading.enumerate())
+    return things
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test after which there is more than before. A peer in a thread gets a moment to notice the end."""
+    if "place" in request.fixturenames:
+        request.getfixturevalue("place")  # the home itself stays
+    before = belongings()
+    yield
+    deadline = time.monotonic() + 3
+    while (more := belongings() - before) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not more, f"left behind: {dict(more)}"

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Where a home answers an operation otherwise than the reference, and why it may.
+
+Rule of this file: the reference is vhost-vdpa with vdpa_sim of Linux 6.12.117. A row is one answer of one home in one
+scenario; what has no row must answer as the reference does. The contract tests check every row on its home, in both
+directions: an answer that differs without a row fails, and so does a row whose home answers as the reference.
+An operation that a home lacks altogether is no difference but a capability (``Backend.capability``).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Home = Literal["vp_vdpa", "vhost-user", "legacy", "qemu-storage-daemon"]
+"""``vp_vdpa``: the kernel's driver for virtio-pci. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """*home* answers *operation* in *scenario* with errno *instead* (0: it succeeds; None: the answer is the same, the effect is not)."""
+
+    home: Home
+    operation: str
+    scenario: str
+    instead: int | None
+    reason: str
+
+
+ROWS: tuple[Difference, ...] = (
+    Difference("vp_vdpa", "SET_FEATURES", "without ACCESS_PLATFORM", 0, "the driver passes any set on; the virtio-pci device judges at FEATURES_OK"),
+    Difference("vp_vdpa", "SET_VRING_BASE", "before FEATURES_OK", errno.EOPNOTSUPP, "virtio-pci has no register for it; only 0 is taken, once negotiated"),
+    Difference("vp_vdpa", "SET_VRING_BASE", "not 0", errno.EOPNOTSUPP, "virtio-pci has no register for it"),
+    Difference("vp_vdpa", "SET_VRING_ENABLE", "off", None, "virtio-pci forbids it: the device may ask for a reset (QEMU does)"),
+    Difference("legacy", "IOTLB_UPDATE", "RO mapping of a read-only descriptor", errno.EACCES, "peers map every region for reading and writing"),
+    Difference("legacy", "GET_VRING_BASE", "while the ring runs", errno.EBUSY, "the message stops the ring, which a question must not do"),
+    Difference("vhost-user", "open", "while somebody else has it open", errno.ETIMEDOUT, "the socket takes the second client and serves it after the first"),
+)
+
+
+def documented(homes: Collection[str], operation: str, scenario: str) -> Difference | None:
+    """The row for any of *homes*, if there is one."""
+    return next((row for row in ROWS if row.home in homes and (row.operation, row.scenario) == (operation, scenario)), None)
