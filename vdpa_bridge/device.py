@@ -217,9 +217,13 @@ class Device:
             return calls
         return [(ops.IOTLB_BATCH_BEGIN, IotlbBatchBegin(asid)), *calls, (ops.IOTLB_BATCH_END, IotlbBatchEnd(asid))]
 
-    def _all(self, calls: list[Call], undo: Sequence[IotlbUpdate] = ()) -> list[Any]:
+    def _all(self, calls: list[Call], undo: Sequence[IotlbUpdate] = (), reset: bool = False) -> list[Any]:
+        """All replies, or the first error. Before it is raised, a device that may run already is *reset*, and mappings are undone."""
         results = self.backend.call_many(calls)
         if error := first_error(results):
+            if reset:
+                with contextlib.suppress(OSError):
+                    self.reset()
             for (op, request), result in zip(calls, results, strict=True):
                 if op is ops.IOTLB_UPDATE and request in undo and not isinstance(result, OSError):
                     assert isinstance(request, IotlbUpdate)
@@ -297,13 +301,7 @@ class Device:
             calls.append((ops.SET_CONFIG_CALL, EventFile(config_call)))
         running = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
         calls += [(ops.SET_STATUS, U8(running)), (ops.GET_STATUS, EMPTY)]
-        try:
-            results = self._all(calls, undo=updates)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.reset()
-            raise
-        status = Status(results[-1].value)
+        status = Status(self._all(calls, undo=updates, reset=True)[-1].value)
         if status & (Status.NEEDS_RESET | Status.FAILED) or not status & Status.DRIVER_OK:
             raise DeviceBroken(f"{self.name} did not start: status {status!r}")
 

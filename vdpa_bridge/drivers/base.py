@@ -177,10 +177,11 @@ class Driver:
     def _bring_up(self) -> None:
         region = self._need_region()
         self._forget_rings()
-        self.features = self.device.negotiate(self._wanted, self._required)
+        self.features = int(self.device.negotiate(self._wanted, self._required))
         self._unmap()
         event_idx = bool(self.features & Feature.RING_EVENT_IDX)
-        table = self.table_entries if self.features & Feature.RING_INDIRECT_DESC else 0
+        self._indirect = bool(self.features & Feature.RING_INDIRECT_DESC)
+        table = self.table_entries if self._indirect else 0
         for index, area, (kick, call) in zip(self._indices, self._areas, self._eventfds, strict=True):
             queue: DriverQueue[Pending] = DriverQueue(
                 area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=region
@@ -189,8 +190,14 @@ class Driver:
         self._pool = Pool(self._pool_area)
         for fd in self._events:
             _drain(fd)
-        self.device.start([ring.setup() for ring in self._rings.values()], [region.update()], self._config_call)
         self._mapped = True
+        try:
+            self.device.start([ring.setup() for ring in self._rings.values()], [region.update()], self._config_call)
+        except DeviceBroken:
+            raise
+        except OSError:
+            self._mapped = False  # a refused start leaves no mapping of ours, and what lies there may be somebody else's
+            raise
         self._ready()
 
     def _forget_rings(self) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Unpack
 
 from ..device import Device
 from ..errors import DeviceBroken
-from ..flags import Feature
 from ..memory import Buffer
 from ..virtio.config import parse_config
 from ..virtio.features import BlockFeature as F
@@ -338,7 +337,7 @@ class BlkDriver(Driver):
         """How many entries of the ring the request takes."""
         most = self._segment
         count = 2 + -(-len(request.payload) // most) + -(-request.length // most)
-        return 1 if self.features & Feature.RING_INDIRECT_DESC and count <= self.table_entries else count
+        return 1 if self._indirect and count <= self.table_entries else count
 
     def _chain(self, request: BlkRequest, batch: Batch, buffer: Buffer) -> tuple[Segments, Segments, _InFlight]:
         """Header, payload; data, status."""

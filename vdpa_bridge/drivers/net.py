@@ -88,6 +88,7 @@ class NetDriver(Driver):
     def _ready(self) -> None:
         """Receive buffers for the longest frame, half as many transmit buffers: so what loops back finds room."""
         self.header = 12 if self.features & (Feature.VERSION_1 | F.MRG_RXBUF) else 10
+        self._merge = bool(self.features & F.MRG_RXBUF)
         config = self._config()
         mac, mtu = config.get("mac"), config.get("mtu", _DEFAULT_MTU)
         self.mac = str(mac) if mac is not None else ""
@@ -180,7 +181,7 @@ class NetDriver(Driver):
             if rx.written < self.header:
                 raise DeviceBroken(f"{self.name}: a received buffer with {rx.written} bytes, less than a virtio_net_hdr")
             start, self._missing = self.header, 1
-            if self.features & F.MRG_RXBUF:
+            if self._merge:
                 self._missing = int.from_bytes(rx.buffer.data[10:12], "little")
                 if not 0 < self._missing <= self._num:
                     raise DeviceBroken(f"{self.name}: a received frame in {self._missing} buffers of a ring of {self._num}")

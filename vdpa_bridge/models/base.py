@@ -65,7 +65,9 @@ class Model(ABC):
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Queue *index* may hold chains: serve a batch of them. *queues* are those that work now.
 
-        Called again when chains are left, so that no queue starves another.
+        Called again when chains are left in a queue that was popped from, so that no queue starves another. A queue left alone
+        (receive buffers without anything to receive) is looked at after the next kick; one that had fewer chains than were asked
+        for brings a call with its own index once it has more.
         """
 
     def close(self) -> None:  # noqa: B027

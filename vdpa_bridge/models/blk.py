@@ -107,7 +107,9 @@ class BlkModel(Model):
         self._holes = holes
         self.capacity = size // SECTOR
         """Sectors of 512 bytes."""
+        self._readonly = readonly
         self._sync_writes = False
+        self._complained = False
         self.queue_count = queues
         self.features = F.SEG_MAX | F.BLK_SIZE | F.FLUSH | F.TOPOLOGY
         self.features |= F.RO if readonly else F.DISCARD | F.WRITE_ZEROES
@@ -142,7 +144,7 @@ class BlkModel(Model):
 
     def config(self) -> bytes:
         """``struct virtio_blk_config`` up to write zeroes: 60 bytes."""
-        writable = not self.features & F.RO
+        writable = not self._readonly
         return _CONFIG.pack(
             self.capacity,
             0,  # size_max: not offered
@@ -176,7 +178,6 @@ class BlkModel(Model):
     def _serve(self, chain: Chain) -> int:
         """Carry out one request; return the bytes written, which is 0 for a chain that has no place for a status."""
         if not chain.writable:
-            _log.warning("blk: a request without a writable byte for its status")
             return 0
         written, status = 0, BlkStatus.OK
         try:
@@ -184,7 +185,9 @@ class BlkModel(Model):
         except _Refused as refused:
             status = refused.status
         except OSError as error:
-            _log.warning("blk: %s", error)
+            if not self._complained:  # a driver can bring errors about as fast as it likes
+                self._complained = True
+                _log.warning("blk: request answered with IOERR, as will be all others like it: %s", error)
             status = BlkStatus.IOERR
         return written + chain.write(bytes([status]), chain.writable - 1)
 
@@ -216,7 +219,7 @@ class BlkModel(Model):
         return 0
 
     def _need_writable(self) -> None:
-        if self.features & F.RO:
+        if self._readonly:
             raise _Refused(BlkStatus.IOERR)
 
     def _offset(self, sector: int, length: int) -> int:
