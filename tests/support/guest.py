@@ -141,6 +141,8 @@ class Guest:
         if shutil.which(QEMU) is None:
             raise GuestError(f"{QEMU} is not installed: run tools/setup peers")
         kit = kit or kernel_kit()
+        if not (kit / "initrd").is_file():
+            raise GuestError(f"{kit} is not a kernel kit as kernel/build makes it: no initrd")
         self._directory = tempfile.TemporaryDirectory(prefix="guest-")
         self._process: subprocess.Popen[bytes] | None = None
         self._streams = {"out": bytearray(), "err": bytearray()}
