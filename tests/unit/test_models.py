@@ -397,7 +397,9 @@ def test_frame_without_a_buffer_is_lost(nic: Driver) -> None:
     assert waiting.written == 112
 
 
-@pytest.mark.parametrize(("length", "room", "written"), [(9000, [8192], 4096), (4084, [4096], 4096), (200, [100], 100), (200, [10, 90, 900], 212)])
+@pytest.mark.parametrize(
+    ("length", "room", "written"), [(9000, [8192], 4096), (4084, [4096], 4096), (200, [100], 100), (200, [10, 90, 900], 212)]
+)
 def test_long_frames_are_cut(nic: Driver, length: int, room: list[int], written: int) -> None:
     waiting = nic.post(RX, [], room)
     nic.transact(TX, [HEADER + frame(OWN, length)])

@@ -309,7 +309,11 @@ class Driver:
     ) -> tuple[int, list[bytes]]:
         """``post`` and wait: the bytes that the device says it wrote, and the whole content of each writable buffer."""
         posted = self.post(queue, readable, writable)
-        self.wait(lambda: posted.written >= 0, f"a chain of {len(readable)} readable and {len(writable)} writable buffers on queue {queue}", timeout)
+        self.wait(
+            lambda: posted.written >= 0,
+            f"a chain of {len(readable)} readable and {len(writable)} writable buffers on queue {queue}",
+            timeout,
+        )
         return posted.written, posted.data
 
     def _submit(self, ring: Ring, requests: Sequence[tuple[Segments, Segments, Pending]]) -> int:
