@@ -128,7 +128,7 @@ SET_VRING_KICK        = Op("Eventfd the driver kicks",                          
 SET_VRING_CALL        = Op("Eventfd the device signals; -1 to poll",                  _ioctl.iow(0x21, VringFile.layout),   VringFile,       Empty,      Message(13))
 SET_VRING_ERR         = Op("Eventfd for ring errors",                                 _ioctl.iow(0x22, VringFile.layout),   VringFile,       Empty,      Message(14))
 SET_VRING_ENABLE      = Op("Let a ring work (1) or not (0)",                          _ioctl.iow(0x75, VringState.layout),  VringState,      Empty,      Message(18, note=_RING))
-GET_IOVA_RANGE        = Op("IOVAs the device can reach; both ends count",             _ioctl.ior(0x78, IovaRange.layout),   Empty,           IovaRange,  Emulated("0 to 2^63-1"), "5.11")
+GET_IOVA_RANGE        = Op("IOVAs the device can reach; both ends count",             _ioctl.ior(0x78, IovaRange.layout),   Empty,           IovaRange,  Emulated("0 to 2^63 less 1 MiB"), "5.11")
 GET_GROUP_NUM         = Op("Number of ring groups",                                   _ioctl.ior(0x81, U32.layout),         Empty,           U32,        Emulated("1"), "5.19")
 GET_AS_NUM            = Op("Number of address spaces",                                _ioctl.ior(0x7A, U32.layout),         Empty,           U32,        Emulated("1"), "5.19")
 GET_VRING_GROUP       = Op("The group of a ring",                                     _ioctl.iowr(0x7B, VringState.layout), VringState,      VringState, Emulated("0"), "5.19")

@@ -50,13 +50,12 @@ class Probe:
 
     def errno(self, op: Op[Any, Any], request: Payload = EMPTY) -> int:
         """The errno of an operation, 0 when it succeeds."""
-        try:
-            self.backend.call(op, request)
-        except OSError as error:
-            assert error.errno, f"{op.name}: {error!r} carries no errno"
-            assert op.name in str(error), f"the error does not name its operation: {error}"
-            return error.errno
-        return 0
+        (answer,) = Backend.call_many(self.backend, [(op, request)])
+        if not isinstance(answer, OSError):
+            return 0
+        assert answer.errno, f"{op.name}: {answer!r} carries no errno"
+        assert op.name in str(answer), f"the error does not name its operation: {answer}"
+        return answer.errno
 
     def expect(self, number: int, op: Op[Any, Any], request: Payload = EMPTY, scenario: str = "") -> None:
         """The reference answers with *number*; this home too, or as a row for *scenario* says."""

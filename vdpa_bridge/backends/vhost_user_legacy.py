@@ -43,6 +43,7 @@ from ..wire import (
     Iova,
     IovaRange,
     Payload,
+    VringAddr,
     VringState,
 )
 from .base import ABSENT, EMULATED, NATIVE, Capability
@@ -50,8 +51,11 @@ from .rules import Ring, RuledBackend, refuse
 
 SPOKEN = P.MQ | P.REPLY_ACK | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS
 """Protocol features that this front-end uses when offered."""
-LAST_IOVA = (1 << 63) - 1
-"""Guest address plus size must not overflow in peers that count in signed 64 bits."""
+PARKING_SIZE = 1 << 20
+"""Room for the largest split ring."""
+PARKING = (1 << 63) - PARKING_SIZE
+"""Where stopped rings are kept; above it, peers that count in signed 64 bits overflow."""
+LAST_IOVA = PARKING - 1
 
 
 _SAY_TYPE = "say it in the target: ?type=blk, ?type=net, ..."
@@ -86,6 +90,8 @@ class VhostUserLegacy(RuledBackend):
         self._table: IotlbTable[_Region] = IotlbTable(1, 0, LAST_IOVA)
         self._removed: list[_Region] = []
         self._started: set[int] = set()
+        self._known: dict[int, VringAddr] = {}
+        self._parking: _Region | None = None
         self._slots = m.MAX_REGIONS
         self._queue_count: int | None = None
         if features & VHOST_USER_F_PROTOCOL_FEATURES:
@@ -156,7 +162,7 @@ class VhostUserLegacy(RuledBackend):
                 ring.close()
             for entry in self._table.clear():
                 entry.value.close()
-            for region in self._removed:
+            for region in [*self._removed, *([self._parking] if self._parking else [])]:
                 region.close()
 
     # Features and status -------------------------------------------------------------------------------------------------
@@ -268,16 +274,17 @@ class VhostUserLegacy(RuledBackend):
             self._tell_event(m.SET_VRING_KICK, index, ring.kick)
 
     def _tell_event(self, row: m.Legacy, index: int, event: EventFd | None) -> None:
-        if event is not None:
-            self._tell(row, U64(index).pack(), (event.fd,))
-        elif row is not m.SET_VRING_KICK:
-            self._tell(row, U64(index | m.NOFD).pack())
-        else:  # "no descriptor" would ask the peer to poll: it gets one that nobody kicks
-            idle = os.eventfd(0, os.EFD_CLOEXEC)
-            try:
-                self._tell(row, U64(index).pack(), (idle,))
-            finally:
-                os.close(idle)
+        """Hand an eventfd over; for none, one that nobody kicks or reads.
+
+        "No descriptor" would ask the peer to poll for kicks, and a libvhost-user without a call descriptor hangs up at its first
+        interrupt (QEMU 7.2).
+        """
+        fd = event.fd if event is not None else os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            self._tell(row, U64(index).pack(), (fd,))
+        finally:
+            if event is None:
+                os.close(fd)
 
     def _on_enable(self, index: int, ring: Ring) -> None:
         if ring.enabled and index not in self._started:
@@ -305,6 +312,7 @@ class VhostUserLegacy(RuledBackend):
         self._tell(m.SET_VRING_NUM, VringState(index, ring.num).pack())
         self._tell(m.SET_VRING_BASE, VringState(index, ring.base).pack())
         self._tell(m.SET_VRING_ADDR, ring.addr.pack())
+        self._known[index] = ring.addr
         self._tell_event(m.SET_VRING_CALL, index, ring.call)
         if ring.err is not None:
             self._tell_event(m.SET_VRING_ERR, index, ring.err)
@@ -389,25 +397,54 @@ class VhostUserLegacy(RuledBackend):
         """Tell the peer what changed, region by region or as a whole table."""
         removed, self._removed = self._removed, []
         try:
+            self._park(removed)
             if self._protocol & P.CONFIGURE_MEM_SLOTS:
                 for gone in removed:
                     if gone.sent:
                         self._tell(m.REM_MEM_REG, m.MemReg.of(gone.region).pack())
                 for entry in self._table:
                     if not entry.value.sent:
-                        self._tell(m.ADD_MEM_REG, m.MemReg.of(entry.value.region).pack(), (entry.value.fd,))
-                        entry.value.sent = True
+                        self._add_region(entry.value)
             elif removed or any(not entry.value.sent for entry in self._table):
-                self._send_table()
+                self._send_table([entry.value for entry in self._table])
         finally:
             for gone in removed:
                 gone.close()
 
-    def _send_table(self) -> None:
-        regions = [entry.value for entry in self._table]
+    def _add_region(self, region: _Region) -> None:
+        self._tell(m.ADD_MEM_REG, m.MemReg.of(region.region).pack(), (region.fd,))
+        region.sent = True
+
+    def _send_table(self, regions: list[_Region]) -> None:
+        if self._parking:
+            regions = [self._parking, *regions]
         if not regions:
             return  # peers refuse an empty table; the old one stays until the next mapping or the end of the session
         table = m.MemTable(tuple(r.region for r in regions))
         self._tell(m.SET_MEM_TABLE, table.pack(), tuple(r.fd for r in regions))
         for region in regions:
             region.sent = True
+
+    def _park(self, removed: list[_Region]) -> None:
+        """Move stopped rings to memory that stays, before theirs goes: libvhost-user (QEMU 7.2 to 10.0) hangs up otherwise,
+        as it looks all rings up again with every change of memory, those that are stopped too."""
+        gone = [r.region for r in removed if r.sent]
+        left = [
+            index
+            for index, addr in self._known.items()
+            if index not in self._started and any(r.guest_addr <= a < r.guest_addr + r.size for r in gone for a in (addr.desc, addr.avail, addr.used))
+        ]
+        if not left:
+            return
+        if self._parking is None:
+            fd = os.memfd_create("parked rings", os.MFD_CLOEXEC)
+            os.ftruncate(fd, PARKING_SIZE)
+            self._parking = _Region(m.MemoryRegion(PARKING, PARKING_SIZE, PARKING, 0), fd)
+            if self._protocol & P.CONFIGURE_MEM_SLOTS:
+                self._add_region(self._parking)
+            else:
+                self._send_table([r for r in [*removed, *(entry.value for entry in self._table)] if r.sent])
+        for index in left:
+            used, avail = PARKING + (10 << 16), PARKING + (8 << 16)
+            self._known[index] = parked = VringAddr(index, 0, Iova(PARKING), Iova(used), Iova(avail), 0)
+            self._tell(m.SET_VRING_ADDR, parked.pack())
