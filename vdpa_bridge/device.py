@@ -269,7 +269,6 @@ class Device:
             [
                 *self._ownership(),
                 (ops.SET_STATUS, U8(0)),
-                (ops.SET_STATUS, U8(Status.ACKNOWLEDGE)),
                 (ops.SET_STATUS, U8(driver)),
                 (ops.SET_FEATURES, U64(agreed)),
                 (ops.SET_STATUS, U8(driver | Status.FEATURES_OK)),

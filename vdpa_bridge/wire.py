@@ -10,7 +10,9 @@ Byte order is the machine's own, as in the kernel's ABI and in vhost-user.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, NewType, Self, dataclass_transform, get_args, get_type_hints
 
 u8 = Annotated[int, "B"]
@@ -69,6 +71,7 @@ class Struct(Payload):
     layout: ClassVar[struct.Struct]
     fd_field: ClassVar[str | None] = None
     names: ClassVar[tuple[str, ...]] = ()
+    _values: ClassVar[Callable[[Any], tuple[int, ...]] | None]
 
     def __init_subclass__(cls, pad: int = 0) -> None:
         dataclass(frozen=True)(cls)
@@ -81,8 +84,11 @@ class Struct(Payload):
             if "fd" in notes:
                 cls.fd_field = name
         cls.layout = struct.Struct("=" + codes + f"{pad}x" * bool(pad))
+        cls._values = attrgetter(*cls.names) if len(cls.names) > 1 else None
 
     def pack(self) -> bytes:
+        if self._values is not None:
+            return self.layout.pack(*self._values(self))
         return self.layout.pack(*[getattr(self, name) for name in self.names])
 
     @classmethod

@@ -75,12 +75,13 @@ class Receiver:
         self._max_payload = max_payload
         self._describe = describe
         self._buffer = bytearray()
+        self._at = 0
         self._fds: deque[int] = deque()
 
     @property
     def partial(self) -> bool:
         """True in the middle of a message."""
-        return bool(self._buffer)
+        return len(self._buffer) > self._at
 
     def feed(self, data: bytes | memoryview, fds: list[int]) -> None:
         """Take what one recvmsg delivered; the descriptors are ours now."""
@@ -92,29 +93,38 @@ class Receiver:
 
     def next(self) -> Frame | None:
         """The next whole message, or None."""
-        have = len(self._buffer)
+        at = self._at
+        have = len(self._buffer) - at
         if have < HEADER.size:
+            self._compact()
             return None
-        request, flags, size = HEADER.unpack_from(self._buffer)
+        request, flags, size = HEADER.unpack_from(self._buffer, at)
         if flags & VERSION_MASK != VERSION:
             raise RemoteProtocolError(f"{self._describe(request)}: flags {flags:#x} carry version {flags & VERSION_MASK}, not {VERSION}", request)
         if size > self._max_payload:
-            raise RemoteProtocolError(f"{self._describe(request)}: payload of {size} bytes, at most {self._max_payload} are allowed", request)
-        end = HEADER.size + size
-        if have < end:
+            raise RemoteProtocolError(
+                f"{self._describe(request)}: payload of {size} bytes, at most {self._max_payload} are allowed", request
+            )
+        if have < HEADER.size + size:
+            self._compact()
             return None
-        payload = bytes(self._buffer[HEADER.size : end])
-        del self._buffer[:end]
+        self._at = end = at + HEADER.size + size
+        payload = bytes(self._buffer[end - size : end])
         result = Frame(request, flags, payload)
         least, most = self._wanted(request, payload)
         if most or self._fds:
             self._claim(result, least, most)
         return result
 
+    def _compact(self) -> None:
+        """Drop what has been given out; once per read, not once per message."""
+        del self._buffer[: self._at]
+        self._at = 0
+
     def _claim(self, result: Frame, least: int, most: int) -> None:
         if len(self._fds) < least:
             raise RemoteProtocolError(f"{self._describe(result.request)}: {least} descriptors announced, {len(self._fds)} came", result.request)
-        last = not self._buffer
+        last = self._at == len(self._buffer)
         take = most if last else least  # an optional descriptor is this message's only when no other message follows
         result.fds = [self._fds.popleft() for _ in range(min(take, len(self._fds)))]
         if last and self._fds:
@@ -127,3 +137,4 @@ class Receiver:
         while self._fds:
             os.close(self._fds.popleft())
         self._buffer.clear()
+        self._at = 0

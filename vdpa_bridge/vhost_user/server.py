@@ -161,15 +161,13 @@ class Server:
                     raise RemoteProtocolError("the client hung up in the middle of a message")
                 raise PeerClosed("the client hung up")
             receiver.feed(self._view[:count], fds)
-            frames = 0
             while (message := receiver.next()) is not None:
-                frames += 1
                 replies += session.handle(message)
-            if frames > 1 or receiver.partial:
-                flags |= socket.MSG_DONTWAIT  # more of a burst may be there already: answer it as a whole
-            elif replies and not flags & socket.MSG_DONTWAIT:
+            if (fds or receiver.partial) and len(replies) < _CHUNK:
+                flags |= socket.MSG_DONTWAIT  # a burst is cut behind each descriptor: answer it as a whole
+            else:
                 _send(client, replies)
-                replies = b""
+                replies, flags = b"", socket.MSG_CMSG_CLOEXEC
 
 
 def _send(client: socket.socket, data: bytes) -> None:
