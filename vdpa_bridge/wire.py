@@ -88,7 +88,7 @@ class Struct(Payload):
 
     def pack(self) -> bytes:
         if self._values is not None:
-            return self.layout.pack(*self._values(self))
+            return self.layout.pack(*type(self)._values(self))  # type: ignore[misc]
         return self.layout.pack(*[getattr(self, name) for name in self.names])
 
     @classmethod

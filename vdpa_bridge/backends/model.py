@@ -43,16 +43,18 @@ class ModelDevice:
     def __init__(self, model: Model, name: str) -> None:
         self.model = model
         self.name = name
+        self.runner = Runner(model, name)
         self._busy = threading.Lock()
 
     def open(self) -> ModelBackend:
         """A fresh session; EBUSY while there is one."""
         if not self._busy.acquire(blocking=False):
             raise device_error(errno.EBUSY, "open", self.name, "somebody else has it open")
-        return ModelBackend(self.model, self.name, self._busy.release)
+        return ModelBackend(self, self._busy.release)
 
     def close(self) -> None:
-        """Give the model's own resources back."""
+        """Give the model's own resources back; the session, if any, is closed before."""
+        self.runner.close()
         self.model.close()
 
 
@@ -63,8 +65,10 @@ class ModelBackend(RuledBackend):
         B.IOTLB_MSG_V2 | B.IOTLB_BATCH | B.IOTLB_ASID | B.SUSPEND | B.RESUME | B.ENABLE_AFTER_DRIVER_OK | B.IOTLB_PERSIST
     )
 
-    def __init__(self, model: Model, name: str, on_close: Callable[[], None] = lambda: None) -> None:
-        super().__init__(name)
+    def __init__(self, device: ModelDevice, on_close: Callable[[], None]) -> None:
+        super().__init__(device.name)
+        model = device.model
+        self._lock = device.runner.lock
         self._model = model
         self._on_close = on_close
         self.queue_size = model.queue_size
@@ -73,7 +77,8 @@ class ModelBackend(RuledBackend):
         self._maps = [IovaMap() for _ in range(model.address_spaces)]
         self._config_call: EventFd | None = None
         self._group_space = [0] * (max(model.groups, default=0) + 1)
-        self._runner = Runner(model, self._lock, self._ring_broke, name)
+        self._runner = device.runner
+        self._runner.broken = self._ring_broke
 
     def capability(self, op: Op[Any, Any]) -> Capability:
         """Native for whatever has a method."""

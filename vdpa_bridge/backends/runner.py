@@ -9,7 +9,6 @@ eventfd cannot make us block.
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import select
@@ -22,8 +21,8 @@ from ..virtqueue import Chain, DeviceQueue
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 0.05
-"""Seconds between attempts to free a thread that a full call eventfd blocks."""
+_PATIENCE = 10.0
+"""Seconds that the thread may need to end; a batch of file I/O may be under way."""
 
 
 class ServedQueue:
@@ -51,36 +50,35 @@ class ServedQueue:
 
 
 class Runner:
-    """Serves rings from ``start`` to ``stop``.
+    """The rings of one device, and the thread that serves them from ``start`` to ``stop``.
 
-    *broken* is called, under the lock, with the index of a ring that cannot go on and why.
-    Synchronization: everything public is called with *lock* held.
+    The thread lives from here to ``close``, so that a session costs none. *broken* is called, under the
+    lock, with the index of a ring that cannot go on and why. Synchronization: everything public is called with *lock* held.
     """
 
-    def __init__(self, model: Model, lock: threading.RLock, broken: Callable[[int, str], None], name: str) -> None:
-        self._model = model
-        self._lock = threading.Condition(lock)
-        self._broken = broken
-        self._name = name
+    def __init__(self, model: Model, name: str) -> None:
+        self.lock = threading.RLock()
+        self.broken: Callable[[int, str], None] = lambda index, why: None
         self.rings: dict[int, ServedQueue] = {}
         self.paused = False
+        self.running = False
+        self._model = model
+        self._name = name
         self._pending: set[int] = set()
         self._signals: list[EventFd] = []
-        self._epoll: select.epoll | None = None
-        self._wake = -1
-        self.running = False
-        self._stopping = False
-
-    def start(self) -> None:
-        """Begin to serve; rings that are present already are looked at once without a kick."""
+        self._closing = False
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
-        self._stopping = self.paused = False
+        self._thread = threading.Thread(target=self._run, name=f"rings of {name}", daemon=True)
+        self._thread.start()
+
+    def start(self) -> None:
+        """Begin to serve; rings that are present already are looked at once without a kick."""
+        self.paused = False
         self.running = True
         for index, ring in self.rings.items():
             self._watch(index, ring.kick)
-        _thread.start_new_thread(self._run, ())  # threading.Thread.start would wait for the thread to begin
 
     def add(self, index: int, ring: ServedQueue) -> None:
         """A ring comes in."""
@@ -92,14 +90,15 @@ class Runner:
         """A ring goes."""
         ring = self.rings.pop(index, None)
         self._pending.discard(index)
-        if ring is not None:
+        if ring is not None and self.running:
             self._unwatch(ring.kick)
         return ring
 
     def rekick(self, index: int, kick: EventFd | None) -> None:
         """A working ring gets another kick eventfd; the caller closes the old one afterwards."""
         ring = self.rings[index]
-        self._unwatch(ring.kick)
+        if self.running:
+            self._unwatch(ring.kick)
         ring.kick = kick
         if self.running:
             self._watch(index, kick)
@@ -111,38 +110,42 @@ class Runner:
             os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
-        """Let the batch in hand finish, end the thread, forget the rings."""
-        if not self.running:
-            return
-        self._stopping = True
-        os.eventfd_write(self._wake, 1)
-        while self.running:
-            if not self._lock.wait(_PATIENCE):
-                for event in [ring.call for ring in self.rings.values()] + self._signals:
-                    if event is not None:
-                        event.free()
-        self.rings.clear()
+        """Forget the rings. Whoever holds the lock knows that no batch is in hand."""
+        for index in list(self.rings):
+            self.remove(index)
         self._pending.clear()
+        self._signals.clear()
+        self.running = False
+
+    def close(self) -> None:
+        """End the thread; called without the lock. Harmless when done before."""
+        with self.lock:
+            if self._closing:
+                return
+            self.stop()
+            self._closing = True
+            os.eventfd_write(self._wake, 1)
+        self._thread.join(_PATIENCE)
+        self._epoll.close()
+        os.close(self._wake)
 
     def _watch(self, index: int, kick: EventFd | None) -> None:
-        assert self._epoll is not None
         if kick is not None:
             self._epoll.register(kick.fd, select.EPOLLIN | select.EPOLLET)
         self._pending.add(index)
         os.eventfd_write(self._wake, 1)
 
     def _unwatch(self, kick: EventFd | None) -> None:
-        if kick is not None and self._epoll is not None:
+        if kick is not None:
             self._epoll.unregister(kick.fd)
 
     def _run(self) -> None:
-        epoll, wake = self._epoll, self._wake
-        assert epoll is not None
+        wake = self._wake
         while True:
-            events = epoll.poll(0 if self._pending and not self.paused else -1)
-            with self._lock:
-                if self._stopping:
-                    break
+            events = self._epoll.poll(0 if self._pending and not self.paused else -1)
+            with self.lock:
+                if self._closing:
+                    return
                 kicked = {fd for fd, _ in events}
                 if wake in kicked:
                     os.eventfd_read(wake)
@@ -152,12 +155,6 @@ class Runner:
                 signals, self._signals = self._signals, []
             for event in signals:
                 event.signal()
-        with self._lock:
-            epoll.close()
-            os.close(wake)
-            self._epoll = None
-            self.running = False
-            self._lock.notify_all()
 
     def _serve_pending(self) -> None:
         ready, self._pending = self._pending, set()
@@ -187,4 +184,4 @@ class Runner:
 
     def _break(self, index: int, why: str) -> None:
         if self.remove(index) is not None:
-            self._broken(index, why)
+            self.broken(index, why)
