@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .. import ops
@@ -17,7 +18,7 @@ from ..ops import Call, Op, Rep, Req
 from ..vhost_user import messages
 from ..vhost_user.connection import Connection
 from ..vhost_user.framing import HEADER, frame
-from ..vhost_user.vdpa_mode import HELLO_OP, MAX_PAYLOAD, OUR_HELLO, check_hello, parse_reply, request_bytes
+from ..vhost_user.vdpa_mode import HELLO_OP, LEAST_HELLO, MAX_PAYLOAD, OUR_HELLO, Hello, check_hello, parse_reply, request_bytes
 from ..wire import EMPTY, U64
 from .base import ABSENT, NATIVE, Backend, Capability
 from .hints import hint, lacking
@@ -25,6 +26,8 @@ from .vhost_user_legacy import VhostUserLegacy
 
 _REPLY_BUDGET = 65536
 """Bytes of replies that may be under way: less than a socket buffer, so that neither side blocks the other."""
+_BESIDE_HELLO = replace(LEAST_HELLO, max_requests=LEAST_HELLO.max_requests - 1)
+"""Limits until the peer's HELLO is read: one request is under way, HELLO."""
 _SEGMENT = 16384
 """Bytes sent by one system call."""
 
@@ -64,23 +67,33 @@ class VhostUserVdpa(Backend):
         self._connection = connection
         ack = frame(messages.SET_PROTOCOL_FEATURES.number, U64(ProtocolFeature.VDPA).pack())
         connection.send(ack + frame(HELLO_OP.number, OUR_HELLO.pack()), what="HELLO")
-        request, flags, payload = connection.reply("HELLO")
-        error, hello = parse_reply(HELLO_OP, request, flags, payload)
-        if hello is None:
-            raise RemoteProtocolError(f"{self.name}: the peer refuses HELLO with errno {error}")
-        check_hello(hello)
-        self._hello = hello
+        self._peer: Hello | None = None
+        self._limits = _BESIDE_HELLO
         self._missing: set[Op[Any, Any]] = set()
+
+    def _greeted(self) -> Hello:
+        """The peer's HELLO: read when it is needed, so that the first questions go out beside ours."""
+        if self._peer is None:
+            error, hello = parse_reply(HELLO_OP, self._connection.message("HELLO"))
+            if hello is None:
+                raise RemoteProtocolError(f"{self.name}: the peer refuses HELLO with errno {error}")
+            check_hello(hello)
+            self._peer = self._limits = hello
+        return self._peer
+
+    def _answer(self, op: Op[Req, Rep]) -> tuple[int, Rep | None]:
+        if self._peer is None:
+            self._greeted()
+        return parse_reply(op, self._connection.message(op.name))
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """One round trip."""
         data, fds = request_bytes(op, request)
-        if len(data) > HEADER.size + self._hello.max_payload:
-            raise LocalProtocolError(f"{op.name} on {self.name}: {len(data)} bytes, the peer takes {self._hello.max_payload}")
-        connection = self._connection
-        if not connection.send(data, fds, op.name):
+        if len(data) > HEADER.size + self._limits.max_payload and len(data) > HEADER.size + self._greeted().max_payload:
+            raise LocalProtocolError(f"{op.name} on {self.name}: {len(data)} bytes, the peer takes {self._limits.max_payload}")
+        if not self._connection.send(data, fds, op.name):
             raise self._refused(op, errno.EBADF)
-        error, reply = parse_reply(op, *connection.reply(op.name))
+        error, reply = self._answer(op)
         if reply is None:
             raise self._refused(op, error)
         return reply
@@ -102,7 +115,7 @@ class VhostUserVdpa(Backend):
                     if rest := data[HEADER.size + HEADER.unpack_from(data)[2] :]:
                         self._connection.send(rest, (), what)
             for at, (op, _) in enumerate(part):
-                error, reply = (errno.EBADF, None) if at in unsent else parse_reply(op, *self._connection.reply(op.name))
+                error, reply = (errno.EBADF, None) if at in unsent else self._answer(op)
                 results.append(self._refused(op, error) if reply is None else reply)
         return results
 
@@ -111,7 +124,7 @@ class VhostUserVdpa(Backend):
         start = budget = 0
         for at, (_, request) in enumerate(calls):
             need = 64 + request.room
-            if at > start and (at - start >= self._hello.max_requests or budget + need > _REPLY_BUDGET):
+            if at > start and (at - start >= self._limits.max_requests or budget + need > _REPLY_BUDGET):
                 yield calls[start:at]
                 start, budget = at, 0
             budget += need
@@ -128,7 +141,8 @@ class VhostUserVdpa(Backend):
 
     def facts(self) -> dict[str, object]:
         """Mode and limits."""
-        return {"transport": "vhost-user, vDPA mode", "revision": self._hello.revision, "max payload": self._hello.max_payload}
+        hello = self._greeted()
+        return {"transport": "vhost-user, vDPA mode", "revision": hello.revision, "max payload": hello.max_payload}
 
     def close(self) -> None:
         """Hang up; the peer resets the device then."""

@@ -19,6 +19,7 @@ from .framing import HEADER, MAX_FDS, NEED_REPLY, REPLY, VERSION, VERSION_MASK, 
 from .messages import message_name
 
 _CHUNK = 65536
+_REPLY_MASK = VERSION_MASK | REPLY
 _OPEN_HINTS = {
     errno.ENOENT: "nothing has made this socket; is the back-end running?",
     errno.ECONNREFUSED: "the socket is there but nobody listens: its back-end is gone",
@@ -93,21 +94,25 @@ class Connection:
             raise
         return True
 
-    def reply(self, what: str) -> tuple[int, int, memoryview]:
-        """The next message from the peer: request, flags, payload. *what* we wait for goes into errors."""
+    def message(self, what: str) -> bytes:
+        """The next whole message from the peer, its header included. *what* we wait for goes into errors."""
         buffer = self._buffer
         deadline = 0.0
         while True:
             have = len(buffer)
-            if have >= 12:
+            if have >= HEADER.size:
                 request, flags, size = HEADER.unpack_from(buffer)
-                if flags & VERSION_MASK != VERSION or not flags & REPLY or size > _CHUNK:
+                end = HEADER.size + size
+                if flags & _REPLY_MASK != VERSION | REPLY or size > _CHUNK:
                     raise self._fail(
                         RemoteProtocolError(f"{self.name}: {what}: answered by {message_name(request)}, flags {flags:#x}, {size} bytes: not a reply")
                     )
-                if have >= 12 + size:
-                    self._buffer = buffer[12 + size :]
-                    return request, flags, memoryview(buffer)[12 : 12 + size]
+                if have == end:
+                    self._buffer = b""
+                    return buffer
+                if have > end:
+                    self._buffer = buffer[end:]
+                    return buffer[:end]
             try:
                 more = self._sock.recv(_CHUNK)
             except BlockingIOError:
@@ -117,19 +122,23 @@ class Connection:
             if not more:
                 where = f"in the middle of its answer to {what}" if buffer else f"instead of answering {what}"
                 raise self._fail(PeerClosed(f"{self.name}: the peer closed the connection {where}"))
-            buffer = buffer + more if buffer else more
-            if deadline and time.monotonic() > deadline:
-                raise self._fail(PeerTimeout(f"{self.name}: the answer to {what} did not end within {self.timeout:g} s"))
-            deadline = deadline or time.monotonic() + self.timeout
+            if buffer:
+                if deadline and time.monotonic() > deadline:
+                    raise self._fail(PeerTimeout(f"{self.name}: the answer to {what} did not end within {self.timeout:g} s"))
+                deadline = deadline or time.monotonic() + self.timeout
+                buffer += more
+            else:
+                buffer = more
 
     def ask(self, number: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = 0) -> bytes:
         """One legacy message that has a reply; returns the reply's payload."""
         what = message_name(number)
         self.send(frame(number, payload, VERSION | flags), fds, what)
-        request, got, body = self.reply(what)
+        answer = self.message(what)
+        request, got, _ = HEADER.unpack_from(answer)
         if request != number or got & ~NEED_REPLY != VERSION | REPLY:  # libvhost-user echoes NEED_REPLY (QEMU 10.0)
             raise self._fail(RemoteProtocolError(f"{self.name}: {what}: answered by {message_name(request)} with flags {got:#x}"))
-        return bytes(body)
+        return answer[HEADER.size :]
 
     def close(self) -> None:
         """Close; harmless when done before."""

@@ -25,6 +25,7 @@ MAX_REQUESTS = 256
 """Requests that a front-end may have under way before it reads the first reply."""
 
 _ERRNO = struct.Struct("=II")
+_BEHIND = HEADER.size + _ERRNO.size
 
 
 class Hello(Struct):
@@ -40,6 +41,8 @@ class Hello(Struct):
 HELLO_OP: Op[Hello, Hello] = Op("Open vDPA mode", _ioctl.iowr(0xF0, Hello.layout), Hello, Hello, Absent("vDPA mode only"), name="HELLO")
 """Not in the table of operations: it is the protocol's, not the device's."""
 OUR_HELLO = Hello(MAGIC, REVISION, MAX_PAYLOAD, MAX_REQUESTS, 0)
+LEAST_HELLO = Hello(MAGIC, REVISION, 512, 16, 0)
+"""What every peer takes at least; requests within it may follow HELLO before its answer is read."""
 
 
 def check_hello(hello: Hello) -> None:
@@ -48,7 +51,7 @@ def check_hello(hello: Hello) -> None:
         raise RemoteProtocolError(f"HELLO: magic {hello.magic:#x} is not {MAGIC:#x}: the peer uses protocol feature bit 56 for something else")
     if hello.revision != REVISION:
         raise RemoteProtocolError(f"HELLO: revision {hello.revision}, this side speaks {REVISION}")
-    if hello.max_payload < 512 or not hello.max_requests:
+    if hello.max_payload < LEAST_HELLO.max_payload or hello.max_requests < LEAST_HELLO.max_requests:
         raise RemoteProtocolError(f"HELLO: limits of {hello.max_payload} bytes and {hello.max_requests} requests are too small to work with")
 
 
@@ -63,9 +66,15 @@ def fds_wanted(number: int, payload: bytes) -> tuple[int, int]:
     return count, count
 
 
+_BARE = {op: HEADER.pack(op.number, VERSION, 0) for op in ops.TABLE}
+"""The whole request of an operation without argument."""
+
+
 def request_bytes(op: Op[Any, Any], request: Payload) -> tuple[bytes, tuple[int, ...]]:
     """The message that asks for *op*, and the descriptors to send with its first byte."""
-    payload, fds = (b"", ()) if request is EMPTY else request.to_message()
+    if request is EMPTY:
+        return _BARE[op], ()
+    payload, fds = request.to_message()
     return HEADER.pack(op.number, VERSION, len(payload)) + payload, fds
 
 
@@ -87,10 +96,26 @@ def reply_bytes(number: int, error: int, reply: Payload = EMPTY) -> bytes:
     return HEADER.pack(number, REPLY_FLAGS, 8 + len(payload)) + _ERRNO.pack(error, 0) + payload
 
 
-def parse_reply(op: Op[Any, Rep], number: int, flags: int, payload: bytes | memoryview) -> tuple[int, Rep | None]:
-    """(errno, None) or (0, the reply); RemoteProtocolError when the peer's answer is not one to *op*."""
+def _success(op: Op[Any, Any]) -> bytes:
+    """How the reply to a successful request begins, for operations whose reply has one size."""
+    size = op.reply.layout.size if issubclass(op.reply, Struct) else 0
+    return HEADER.pack(op.number, REPLY_FLAGS, _ERRNO.size + size) + _ERRNO.pack(0, 0)
+
+
+_SUCCESS = {op: _success(op) for op in ops.TABLE if issubclass(op.reply, Struct)}
+
+
+def parse_reply(op: Op[Any, Rep], message: bytes) -> tuple[int, Rep | None]:
+    """(errno, None) or (0, the reply) of a whole message; RemoteProtocolError when it is no answer to *op*."""
+    expected = _SUCCESS.get(op)
+    if expected is not None and message.startswith(expected):
+        return 0, EMPTY if op.reply is Empty else op.reply.unpack(message[_BEHIND:])  # type: ignore[return-value]
+    number, flags, _ = HEADER.unpack_from(message)
+    payload = message[HEADER.size :]
     if number != op.number or flags != REPLY_FLAGS:
-        raise RemoteProtocolError(f"{op.name}: answered by {message_name(number)} with flags {flags:#x}, expected {op.number:#x} with {REPLY_FLAGS:#x}")
+        raise RemoteProtocolError(
+            f"{op.name}: answered by {message_name(number)} with flags {flags:#x}, expected {op.number:#x} with {REPLY_FLAGS:#x}"
+        )
     if len(payload) < _ERRNO.size:
         raise RemoteProtocolError(f"{op.name}: reply of {len(payload)} bytes, errno and zero are {_ERRNO.size}")
     error, zero = _ERRNO.unpack_from(payload)
@@ -100,8 +125,6 @@ def parse_reply(op: Op[Any, Rep], number: int, flags: int, payload: bytes | memo
         if error > 4095 or len(payload) != _ERRNO.size:
             raise RemoteProtocolError(f"{op.name}: error reply with errno {error} and {len(payload)} bytes")
         return error, None
-    if op.reply is Empty and len(payload) == _ERRNO.size:
-        return 0, EMPTY  # type: ignore[return-value]
     try:
         return 0, op.reply.unpack(payload[_ERRNO.size :])
     except ValueError as wrong:
