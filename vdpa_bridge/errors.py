@@ -59,6 +59,11 @@ def device_error(number: int, what: str, where: str, why: str = "") -> OSError:
     return OSError(number, f"{text}: {why}" if why else text)
 
 
+def errno_name(number: int) -> str:
+    """``EINVAL``; the kernel's name where libc has two, ``errno 524`` where it has none."""
+    return {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN"}.get(number) or errno.errorcode.get(number, f"errno {number}")
+
+
 def reason(error: BaseException) -> str:
     """The text of an error without the ``[Errno 22]`` that ``str`` puts before it."""
     if isinstance(error, OSError) and error.strerror:

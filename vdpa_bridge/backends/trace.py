@@ -15,13 +15,12 @@ What ``call_many`` sends together cannot be timed apart, so its lines carry a ``
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Sequence
 from enum import IntFlag
 from typing import Any
 
-from ..errors import ProtocolError, reason
+from ..errors import ProtocolError, errno_name, reason
 from ..flags import BackendFeature, Status, bit_names
 from ..ops import Call, Op, Rep, Req
 from ..wire import EMPTY, describe
@@ -31,12 +30,6 @@ Sink = Callable[[str], None]
 """Takes a line without its end. Called from whichever thread calls the back-end."""
 
 _FLAGS: dict[str, type[IntFlag]] = {"STATUS": Status, "BACKEND_FEATURES": BackendFeature}
-
-
-def errno_name(error: OSError) -> str:
-    """``EINVAL``; ``errno 524`` for a number without a name."""
-    number = error.errno or 0
-    return errno.errorcode.get(number, f"errno {number}")
 
 
 def format_payload(op: Op[Any, Any], payload: Any) -> str:
@@ -96,7 +89,7 @@ class TraceBackend(Backend):
         if isinstance(result, ProtocolError):
             end = f"{type(result).__name__}: {reason(result)}"
         elif isinstance(result, OSError):
-            end = errno_name(result)
+            end = errno_name(result.errno or 0)
         else:
             end = "ok" if result is EMPTY else format_payload(op, result)
         before, after = ("+ ", "") if spent is None else ("", f" <{spent // 1000} us>")

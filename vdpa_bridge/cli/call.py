@@ -43,8 +43,8 @@ def command(target: str, words: tuple[str, ...], keep_going: bool, output: Outpu
     Integers may be decimal or 0x..., sizes K/M/G, data is hex. For eventfds, fd=new makes one and fd=none takes the
     old one away. IOTLB_UPDATE takes memory=SIZE for fresh memory, or file=PATH.
     """
-    from ..backends.trace import errno_name, format_payload
-    from ..errors import reason
+    from ..backends.trace import format_payload
+    from ..errors import errno_name, reason
     from ..wire import EMPTY
 
     results: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ def command(target: str, words: tuple[str, ...], keep_going: bool, output: Outpu
                 reply = device.backend.call(op, request)
             except OSError as error:
                 failed = 1
-                result |= {"errno": errno_name(error), "error": reason(error)}
+                result |= {"errno": errno_name(error.errno or 0), "error": reason(error)}
                 click.echo(f"error: {reason(error)}", err=True)
                 if not keep_going:
                     break

@@ -27,12 +27,12 @@ def print_table(
     body: Sequence[Sequence[str]],
     wrap: Collection[int] = (),
     style: Callable[[int, str], str] = lambda column, cell: "",
-    title: str = "",
+    right: Collection[int] = (),
 ) -> None:
-    """Print aligned columns. Those in *wrap* may break lines, the others are never cut; *style* gives a cell its colour."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left", padding=(0, 2, 0, 0))
+    """Print aligned columns. Those in *wrap* may break lines, those in *right* are aligned there; *style* gives a cell its colour."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for at, name in enumerate(head):
-        table.add_column(name, no_wrap=at not in wrap, overflow="fold")
+        table.add_column(name, no_wrap=at not in wrap, overflow="fold", justify="right" if at in right else "left")
     for cells in body:
         table.add_row(*[Text(cell, style=style(at, cell)) for at, cell in enumerate(cells)])
     out = console()
