@@ -13,6 +13,7 @@ feature it needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from . import _ioctl
@@ -85,7 +86,7 @@ class Op(Generic[Req, Rep]):
     gate: B | None = None
     name: str = ""
 
-    @property
+    @cached_property
     def msgtype(self) -> int | None:
         """The ``vhost_iotlb_msg.type`` of an IOTLB operation, None for an ioctl."""
         return self.request.msgtype if issubclass(self.request, IotlbPayload) else None
