@@ -45,12 +45,25 @@ class ModelDevice:
         self.name = name
         self.runner = Runner(model, name)
         self._busy = threading.Lock()
+        self._session: ModelBackend | None = None
 
     def open(self) -> ModelBackend:
         """A fresh session; EBUSY while there is one."""
         if not self._busy.acquire(blocking=False):
             raise device_error(errno.EBUSY, "open", self.name, "somebody else has it open")
-        return ModelBackend(self, self._busy.release)
+        self._session = ModelBackend(self, self._ended)
+        return self._session
+
+    def _ended(self) -> None:
+        self._session = None
+        self._busy.release()
+
+    def change(self, action: Callable[[], None]) -> None:
+        """Let *action* change the model between two batches, and tell the driver, if there is one, that its configuration changed."""
+        with self.runner.lock:
+            action()
+            if self._session is not None:
+                self._session.config_changed()
 
     def close(self) -> None:
         """Give the model's own resources back; the session, if any, is closed before."""

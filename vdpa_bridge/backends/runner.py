@@ -105,9 +105,8 @@ class Runner:
 
     def signal(self, event: EventFd) -> None:
         """Signal *event* from the thread, once it holds no lock."""
-        if self.running:
-            self._signals.append(event)
-            os.eventfd_write(self._wake, 1)
+        self._signals.append(event)
+        os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """Forget the rings. Whoever holds the lock knows that no batch is in hand."""

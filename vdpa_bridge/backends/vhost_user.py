@@ -18,8 +18,8 @@ from ..ops import Call, Op, Rep, Req
 from ..vhost_user import messages
 from ..vhost_user.connection import Connection
 from ..vhost_user.framing import HEADER, frame
-from ..vhost_user.vdpa_mode import HELLO_OP, LEAST_HELLO, MAX_PAYLOAD, OUR_HELLO, Hello, check_hello, parse_reply, request_bytes
-from ..wire import EMPTY, U64
+from ..vhost_user.vdpa_mode import HELLO_OP, LEAST_HELLO, OUR_HELLO, Hello, check_hello, parse_reply, request_bytes
+from ..wire import EMPTY, U64, Payload
 from .base import ABSENT, NATIVE, Backend, Capability
 from .hints import hint, lacking
 from .vhost_user_legacy import VhostUserLegacy
@@ -88,15 +88,21 @@ class VhostUserVdpa(Backend):
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """One round trip."""
-        data, fds = request_bytes(op, request)
-        if len(data) > HEADER.size + self._limits.max_payload and len(data) > HEADER.size + self._greeted().max_payload:
-            raise LocalProtocolError(f"{op.name} on {self.name}: {len(data)} bytes, the peer takes {self._limits.max_payload}")
+        data, fds = self._request(op, request)
         if not self._connection.send(data, fds, op.name):
             raise self._refused(op, errno.EBADF)
         error, reply = self._answer(op)
         if reply is None:
             raise self._refused(op, error)
         return reply
+
+    def _request(self, op: Op[Any, Any], request: Payload) -> tuple[bytes, tuple[int, ...]]:
+        """The message, within the peer's limit."""
+        data, fds = request_bytes(op, request)
+        size = len(data) - HEADER.size
+        if size > self._limits.max_payload and size > self._greeted().max_payload:
+            raise LocalProtocolError(f"{op.name} on {self.name}: {size} bytes, the peer takes {self._limits.max_payload}")
+        return data, fds
 
     def _refused(self, op: Op[Any, Any], number: int) -> OSError:
         if lacking(op, number):
@@ -109,7 +115,7 @@ class VhostUserVdpa(Backend):
         for part in self._portions(calls):
             unsent: set[int] = set()
             what = f"{part[0][0].name} and {len(part) - 1} more requests"
-            for first, data, fds in _segments(part):
+            for first, data, fds in list(self._segments(part)):  # all made before any is sent: a wrong request must not leave half a burst
                 if not self._connection.send(data, fds, what):  # the first message goes missing with its descriptors
                     unsent.add(first)
                     if rest := data[HEADER.size + HEADER.unpack_from(data)[2] :]:
@@ -118,6 +124,25 @@ class VhostUserVdpa(Backend):
                 error, reply = (errno.EBADF, None) if at in unsent else self._answer(op)
                 results.append(self._refused(op, error) if reply is None else reply)
         return results
+
+    def _segments(self, calls: Sequence[Call]) -> Iterator[tuple[int, bytes, tuple[int, ...]]]:
+        """As few sends as possible: a message that brings descriptors starts a new one, the next without follow in it.
+
+        Each is the place of its first message in *calls*, its bytes, and the descriptors of that message.
+        """
+        data = bytearray()
+        beside: tuple[int, ...] = ()
+        first = 0
+        for at, (op, request) in enumerate(calls):
+            more, fds = self._request(op, request)
+            if data and (fds or len(data) + len(more) > _SEGMENT):
+                yield first, bytes(data), beside
+                data.clear()
+                beside, first = (), at
+            beside = beside or fds
+            data += more
+        if data:
+            yield first, bytes(data), beside
 
     def _portions(self, calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
         """Cut *calls* so that neither the peer's request limit nor our receive buffer is exceeded."""
@@ -147,26 +172,3 @@ class VhostUserVdpa(Backend):
     def close(self) -> None:
         """Hang up; the peer resets the device then."""
         self._connection.close()
-
-
-def _segments(calls: Sequence[Call]) -> Iterator[tuple[int, bytes, tuple[int, ...]]]:
-    """As few sends as possible: a message that brings descriptors starts a new one, the next without follow in it.
-
-    Each is the place of its first message in *calls*, its bytes, and the descriptors of that message.
-    """
-    data = bytearray()
-    beside: tuple[int, ...] = ()
-    first = 0
-    for at, (op, request) in enumerate(calls):
-        more, fds = request_bytes(op, request)
-        if len(more) > HEADER.size + MAX_PAYLOAD:
-            raise LocalProtocolError(f"{op.name}: {len(more)} bytes are too many for one message")
-        if data and (fds or len(data) + len(more) > _SEGMENT):
-            yield first, bytes(data), beside
-            data.clear()
-            beside, first = (), at
-        beside = beside or fds
-        data += more
-    if data:
-        yield first, bytes(data), beside
-

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from ..flags import ProtocolFeature as P
 from ..memory import IotlbTable
 from ..ops import Op
 from ..vhost_user import messages as m
+from ..vhost_user.backend_channel import FrontEnd
 from ..vhost_user.connection import Connection
 from ..vhost_user.framing import NEED_REPLY, VERSION, frame
 from ..virtio.config import config_size, min_queues
@@ -49,7 +51,7 @@ from ..wire import (
 from .base import ABSENT, EMULATED, NATIVE, Capability
 from .rules import Ring, RuledBackend, refuse
 
-SPOKEN = P.MQ | P.REPLY_ACK | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS
+SPOKEN = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS
 """Protocol features that this front-end uses when offered."""
 PARKING_SIZE = 1 << 20
 """Room for the largest split ring."""
@@ -92,6 +94,7 @@ class VhostUserLegacy(RuledBackend):
         self._started: set[int] = set()
         self._known: dict[int, VringAddr] = {}
         self._parking: _Region | None = None
+        self._channel: FrontEnd | None = None
         self._slots = m.MAX_REGIONS
         self._queue_count: int | None = None
         if features & VHOST_USER_F_PROTOCOL_FEATURES:
@@ -158,6 +161,8 @@ class VhostUserLegacy(RuledBackend):
             pass  # it is gone, and so is what it did
         finally:
             self._connection.close()
+            if self._channel is not None:
+                self._channel.close()
             for ring in self._rings:
                 ring.close()
             for entry in self._table.clear():
@@ -242,8 +247,20 @@ class VhostUserLegacy(RuledBackend):
         return U32(self._config_bytes())
 
     def _set_config_call(self, request: EventFile) -> None:
-        if event := EventFd.borrow(request.fd):
+        """Changes come through a second socket; without BACKEND_REQ at the peer they never come."""
+        event = EventFd.borrow(request.fd)
+        old, self._channel = self._channel, None
+        if old is not None:
+            old.close()
+        if event is None:
+            return
+        if not self._protocol & P.BACKEND_REQ:
             event.close()
+            return
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._channel = FrontEnd(ours, event, self.name)
+            self._tell(m.SET_BACKEND_REQ_FD, b"", (theirs.fileno(),))
 
     # Queues --------------------------------------------------------------------------------------------------------------
 

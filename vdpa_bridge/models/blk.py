@@ -89,7 +89,7 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 class BlkModel(Model):
-    """A disk on the file behind *fd*, which the model owns from now on. Its size is taken once, in whole sectors."""
+    """A disk on the file behind *fd*, which the model owns from now on. Its size is taken in whole sectors, when made and by ``refresh``."""
 
     device_id = DeviceId.BLOCK
 
@@ -161,6 +161,10 @@ class BlkModel(Model):
     def start(self, features: int) -> None:
         """A driver that does not know FLUSH expects its writes to be stable when they end (virtio 1.2, 5.2.6.2)."""
         self._sync_writes = not features & F.FLUSH
+
+    def refresh(self) -> None:
+        """Take the size of the file anew; the caller tells the driver (``ModelDevice.change``)."""
+        self.capacity = min(os.lseek(self._fd, 0, os.SEEK_END), LARGEST) // SECTOR
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of requests."""

@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from .. import ops
@@ -34,10 +33,10 @@ from ..wire import (
     ConfigData,
     ConfigRange,
     Empty,
+    EventFile,
     IotlbBatchBegin,
     IotlbBatchEnd,
     IotlbInvalidate,
-    IotlbUpdate,
     Iova,
     Payload,
     VringAddr,
@@ -45,55 +44,18 @@ from ..wire import (
     VringState,
 )
 from . import messages as m
+from .backend_channel import BackendEnd
 from .framing import REPLY_FLAGS, Frame, frame
+from .legacy_state import ClientRegion, ClientRing
 from .messages import message_name
 
 _log = logging.getLogger(__name__)
 
-OFFERED = P.MQ | P.REPLY_ACK | P.CONFIG | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.RESET_DEVICE
+OFFERED = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.GPA_ADDRESSES
 """Protocol features that this server implements."""
 MAX_SLOTS = 509
 """Memory regions; what libvhost-user offers too, and QEMU expects never to shrink."""
 _RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
-
-
-@dataclass(eq=False)
-class _Region:
-    """A piece of the client's memory; owns its descriptor."""
-
-    region: m.MemoryRegion
-    fd: int
-
-    @property
-    def update(self) -> IotlbUpdate:
-        """The mapping, widened to whole pages."""
-        head = self.region.guest_addr % PAGE
-        size = -(-(head + self.region.size) // PAGE) * PAGE
-        return IotlbUpdate(Iova(self.region.guest_addr - head), size, self.fd, self.region.mmap_offset - head)
-
-
-@dataclass
-class _Ring:
-    """What the client has said about one ring; owns its descriptors."""
-
-    num: int = 0
-    base: int = 0
-    addr: VringAddr | None = None
-    kick: int = -1
-    call: int = -1
-    enabled: bool = False
-    set_up: bool = False
-    """The device knows this ring."""
-
-    def replace(self, which: str, fd: int) -> None:
-        old = getattr(self, which)
-        setattr(self, which, fd)
-        if old >= 0:
-            os.close(old)
-
-    @property
-    def ready(self) -> bool:
-        return bool(self.num) and self.addr is not None and self.kick >= 0
 
 
 class LegacyService:
@@ -109,9 +71,20 @@ class LegacyService:
         self._running = False
         self._mapped = False
         self._status = 0
-        self._regions: list[_Region] = []
-        self._rings: dict[int, _Ring] = {}
+        self._regions: list[ClientRegion] = []
+        self._rings: dict[int, ClientRing] = {}
         self._queues: int | None = None
+        self._channel: BackendEnd | None = None
+
+    @property
+    def event(self) -> int:
+        """An eventfd to wait for beside the client's messages, -1 for none; ``on_event`` when it is readable."""
+        return -1 if self._channel is None else self._channel.event
+
+    def on_event(self) -> None:
+        """The device's configuration changed: tell the client."""
+        if self._channel is not None:
+            self._channel.announce()
 
     def handle(self, message: Frame) -> bytes:
         """Carry out one message; the reply, if there is one."""
@@ -152,6 +125,9 @@ class LegacyService:
         for region in self._regions:
             os.close(region.fd)
         self._regions.clear()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     # Operations on the device ----------------------------------------------------------------------------------------------
 
@@ -172,7 +148,7 @@ class LegacyService:
             return calls
         return [(ops.IOTLB_BATCH_BEGIN, IotlbBatchBegin(0)), *calls, (ops.IOTLB_BATCH_END, IotlbBatchEnd(0))]
 
-    def _ring_calls(self, index: int, ring: _Ring) -> list[Call]:
+    def _ring_calls(self, index: int, ring: ClientRing) -> list[Call]:
         assert ring.addr is not None
         address = VringAddr(
             index, 0, self._iova(ring.addr.desc, "descriptors"), self._iova(ring.addr.used, "used"), self._iova(ring.addr.avail, "avail"), 0
@@ -187,7 +163,7 @@ class LegacyService:
             (ops.SET_VRING_ENABLE, VringState(index, int(self._is_enabled(ring)))),
         ]
 
-    def _is_enabled(self, ring: _Ring) -> bool:
+    def _is_enabled(self, ring: ClientRing) -> bool:
         return ring.enabled or not self._features & VHOST_USER_F_PROTOCOL_FEATURES
 
     def _iova(self, address: int, what: str) -> Iova:
@@ -211,7 +187,7 @@ class LegacyService:
                 for index, ring in fresh.items():
                     self._all(self._ring_calls(index, ring))
 
-    def _bring_up(self, ready: dict[int, _Ring]) -> None:
+    def _bring_up(self, ready: dict[int, ClientRing]) -> None:
         self._own()
         driver = Status.ACKNOWLEDGE | Status.DRIVER
         features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
@@ -332,23 +308,31 @@ class LegacyService:
     def _set_config(self, message: Frame, request: m.ConfigSpace) -> None:
         self._backend.call(ops.SET_CONFIG, ConfigData(request.offset, request.data))
 
+    def _set_backend_req_fd(self, message: Frame, request: Empty) -> None:
+        old, self._channel = self._channel, BackendEnd(message.take_fds()[0])
+        self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.event))
+        if old is not None:
+            old.close()
+
     # Memory ----------------------------------------------------------------------------------------------------------------
 
     def _get_max_mem_slots(self, message: Frame, request: Empty) -> U64:
         return U64(MAX_SLOTS)
 
-    def _take_region(self, region: m.MemoryRegion, fd: int) -> _Region:
+    def _take_region(self, region: m.MemoryRegion, fd: int) -> ClientRegion:
         """Own *fd* for *region*, checked against the others."""
         r = region
         if not r.size or max(r.guest_addr, r.user_addr, r.mmap_offset) + r.size > 1 << 64:
             raise ValueError(f"region of {r.size:#x} bytes at {r.guest_addr:#x} is empty or wraps around")
+        if self._protocol & P.GPA_ADDRESSES and r.user_addr != r.guest_addr:
+            raise ValueError(f"GPA_ADDRESSES is accepted, but the region at {r.guest_addr:#x} has user address {r.user_addr:#x}")
         if r.guest_addr % PAGE != r.mmap_offset % PAGE:
             raise ValueError(f"region at {r.guest_addr:#x} from offset {r.mmap_offset:#x} cannot be mapped by pages")
         for held in self._regions:
             o = held.region
             if o.user_addr < r.user_addr + r.size and r.user_addr < o.user_addr + o.size:
                 raise ValueError(f"user addresses of the region at {r.user_addr:#x} overlap those of the one at {o.user_addr:#x}")
-        return _Region(region, fd)
+        return ClientRegion(region, fd)
 
     def _set_mem_table(self, message: Frame, request: m.MemTable) -> None:
         fds = message.take_fds()
@@ -389,10 +373,10 @@ class LegacyService:
 
     # Rings -------------------------------------------------------------------------------------------------------------------
 
-    def _ring(self, index: int) -> _Ring:
+    def _ring(self, index: int) -> ClientRing:
         if index >= self._queue_count():
             raise ValueError(f"ring {index}: the device has {self._queue_count()}")
-        return self._rings.setdefault(index, _Ring())
+        return self._rings.setdefault(index, ClientRing())
 
     def _set_vring_num(self, message: Frame, request: VringState) -> None:
         largest = self._backend.call(ops.GET_VRING_NUM, EMPTY).value
@@ -412,7 +396,7 @@ class LegacyService:
             raise ValueError(f"addresses {request.desc:#x}, {request.avail:#x}, {request.used:#x} are not aligned to 16, 2 and 4")
         self._ring(request.index).addr = request
 
-    def _event(self, message: Frame, request: U64) -> tuple[int, _Ring, int]:
+    def _event(self, message: Frame, request: U64) -> tuple[int, ClientRing, int]:
         """Ring index, ring, and the descriptor, which is now the caller's."""
         index = request.value & 0xFF
         if request.value & ~(0xFF | m.NOFD):
@@ -478,6 +462,6 @@ _METHODS: dict[int, Callable[[LegacyService, Frame, Any], Payload | None]] = {
 """The method of each message that this server takes."""
 
 
-def _gone(region: _Region) -> Call:
+def _gone(region: ClientRegion) -> Call:
     update = region.update
     return ops.IOTLB_INVALIDATE, IotlbInvalidate(update.iova, update.size)

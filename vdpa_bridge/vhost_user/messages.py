@@ -143,6 +143,9 @@ SET_STATUS            = Legacy(39, "SET_STATUS", U64, needs=P.STATUS)
 GET_STATUS            = Legacy(40, "GET_STATUS", reply=U64, needs=P.STATUS)
 # fmt: on
 
+BACKEND_CONFIG_CHANGE = 2
+"""CONFIG_CHANGE_MSG, from back-end to front-end, on the socket of SET_BACKEND_REQ_FD."""
+
 BY_NUMBER: dict[int, Legacy] = {row.number: row for row in list(globals().values()) if isinstance(row, Legacy)}
 
 _OTHER_NAMES = {

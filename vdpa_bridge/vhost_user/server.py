@@ -143,6 +143,12 @@ class Server:
         while True:
             if receiver.partial and not select.select([client], [], [], self._timeout)[0]:
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
+            if session.event >= 0 and not flags & socket.MSG_DONTWAIT:
+                ready = select.select([client.fileno(), session.event], [], [])[0]
+                if session.event in ready:
+                    session.on_event()
+                if client.fileno() not in ready:
+                    continue
             try:
                 count, ancillary, got, _ = client.recvmsg_into([self._view], _ANCILLARY, flags)
             except BlockingIOError:  # the burst is over: answer it

@@ -39,6 +39,16 @@ class Session:
         """``vDPA``, ``legacy`` or ``undecided``."""
         return "vDPA" if self._legacy is None else "undecided" if self._handle == self._undecided else "legacy"
 
+    @property
+    def event(self) -> int:
+        """An eventfd to wait for beside the client's messages, -1 for none; ``on_event`` when it is readable."""
+        return -1 if self._legacy is None else self._legacy.event
+
+    def on_event(self) -> None:
+        """What the device has to say goes to the client."""
+        if self._legacy is not None:
+            self._legacy.on_event()
+
     def handle(self, message: Frame) -> bytes:
         """Carry out one message and return what to send back. RemoteProtocolError ends the connection."""
         try:
