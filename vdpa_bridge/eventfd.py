@@ -7,6 +7,7 @@ a device's lock held, and ``close`` frees a writer that is stuck.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -42,9 +43,10 @@ class EventFd:
                 os.eventfd_write(self.fd, 1)
 
     def free(self) -> None:
-        """Drain a counter that keeps a writer waiting."""
-        if self.fd >= 0 and select.select([self.fd], [], [], 0)[0]:
-            os.read(self.fd, 8)
+        """Drain a counter that keeps a writer waiting; never waits itself, whoever else reads."""
+        if self.fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.preadv(self.fd, [bytearray(8)], -1, os.RWF_NOWAIT)
 
     def close(self) -> None:
         """Close; harmless when done before."""
@@ -62,3 +64,48 @@ def kick(fd: int) -> None:
     """Add 1 to an eventfd unless its counter is full, in which case there is an event waiting anyway."""
     if select.select([], [fd], [], 0)[1]:
         os.eventfd_write(fd, 1)
+
+
+class Metronome:
+    """Kicks for a driver that does not kick: a thread that adds 1 to each of its eventfds every *period* seconds.
+
+    Synchronization: any thread.
+    """
+
+    def __init__(self, period: float = 1e-4) -> None:
+        self._period = period
+        self._fds: set[int] = set()
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self) -> int:
+        """A new eventfd, kicked from now on until ``remove``; the caller owns it."""
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with self._lock:
+            self._fds.add(fd)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="metronome", daemon=True)
+                self._thread.start()
+        return fd
+
+    def remove(self, fd: int) -> None:
+        """Stop kicking *fd*, which may be closed afterwards; harmless for others."""
+        with self._lock:
+            self._fds.discard(fd)
+
+    def _run(self) -> None:
+        while not self._end.wait(self._period):
+            with self._lock:
+                for fd in self._fds:
+                    try:
+                        os.eventfd_write(fd, 1)
+                    except BlockingIOError:
+                        pass  # full after 2^64 kicks nobody read: there is an event waiting
+
+    def close(self) -> None:
+        """End the thread; harmless when done before."""
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

@@ -20,7 +20,7 @@ from .. import ops
 from ..backends.base import Backend
 from ..device import UNDERSTOOD, first_error
 from ..errors import RemoteProtocolError, reason
-from ..eventfd import kick
+from ..eventfd import Metronome, kick
 from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status, without
 from ..flags import ProtocolFeature as P
 from ..memory import PAGE
@@ -75,6 +75,7 @@ class LegacyService:
         self._rings: dict[int, ClientRing] = {}
         self._queues: int | None = None
         self._channel: BackendEnd | None = None
+        self._metronome = Metronome()
 
     @property
     def event(self) -> int:
@@ -118,8 +119,9 @@ class LegacyService:
 
     def close(self) -> None:
         """Give the client's descriptors back."""
+        self._metronome.close()
         for ring in self._rings.values():
-            ring.replace("kick", -1)
+            self._stop(ring)
             ring.replace("call", -1)
         self._rings.clear()
         for region in self._regions:
@@ -294,7 +296,7 @@ class LegacyService:
         for ring in self._rings.values():
             ring.enabled = False
             ring.base = 0
-            ring.replace("kick", -1)
+            self._stop(ring)
 
     # Configuration space ---------------------------------------------------------------------------------------------------
 
@@ -405,10 +407,10 @@ class LegacyService:
         return index, ring, message.take_fds()[0] if message.fds else -1
 
     def _set_vring_kick(self, message: Frame, request: U64) -> None:
-        if request.value & m.NOFD:
-            raise ValueError("a ring without a kick descriptor would have to be polled, which this server does not do")
+        """Without a descriptor the ring is polled (vhost-user spec, SET_VRING_KICK): the device is kicked in our rhythm then."""
         index, ring, fd = self._event(message, request)
-        ring.replace("kick", fd)
+        self._stop(ring)
+        ring.kick = fd if fd >= 0 else self._metronome.add()
         if ring.set_up:
             self._backend.call(ops.SET_VRING_KICK, VringFile(index, fd))
         self._sync()
@@ -436,6 +438,11 @@ class LegacyService:
                 kick(ring.kick)  # what was kicked while the ring was disabled is lost otherwise
         self._sync()
 
+    def _stop(self, ring: ClientRing) -> None:
+        """Back to stopped; the kick descriptor goes, as the specification has it."""
+        self._metronome.remove(ring.kick)
+        ring.replace("kick", -1)
+
     def _get_vring_base(self, message: Frame, request: VringState) -> VringState:
         """Stop one ring and say where it stands; the others go on."""
         ring = self._ring(request.index)
@@ -450,7 +457,7 @@ class LegacyService:
                 self._reset()
             elif with_suspend:
                 self._backend.call(ops.RESUME, EMPTY)
-        ring.replace("kick", -1)
+        self._stop(ring)
         return VringState(request.index, ring.base)
 
 
