@@ -51,7 +51,7 @@ def offsets(kind: type[Struct]) -> dict[str, int]:
     """Where each field of *kind* begins, as packing it shows."""
     found = {}
     for name in kind.names:
-        values = {field: -1 if field == name and "i" == _code(kind, field) else int(field == name) for field in kind.names}
+        values = {field: -1 if field == name and _code(kind, field) == "i" else int(field == name) for field in kind.names}
         found[name] = next(at for at, byte in enumerate(kind(**values).pack()) if byte)
     return found
 

@@ -183,8 +183,8 @@ def test_any_bytes(pieces: list[tuple[bytes, int]]) -> None:
         for data, count in pieces:
             receiver.feed(data, [fd() for _ in range(count)])
             got += drain(receiver)
-    except RemoteProtocolError as error:
-        assert str(error)
+    except RemoteProtocolError:
+        pass  # one of the two allowed ends
     finally:
         receiver.close()
         for message in got:

@@ -54,7 +54,7 @@ def test_everybody_has_a_method(op: Op[Any, Any]) -> None:
 
 def test_hashed_by_identity() -> None:
     assert len(set(ops.TABLE)) == len(ops.TABLE)
-    assert ops.SET_OWNER == ops.BY_NAME["SET_OWNER"]
+    assert ops.BY_NAME["SET_OWNER"] == ops.SET_OWNER
     assert repr(ops.GET_STATUS) == f"<GET_STATUS {ops.GET_STATUS.number:#010x}>"
 
 

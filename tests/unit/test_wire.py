@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from vdpa_bridge import ops
 from vdpa_bridge.wire import (
     EMPTY,
+    U8,
+    U16,
+    U32,
+    U64,
     ConfigData,
     ConfigRange,
     Empty,
@@ -26,10 +30,6 @@ from vdpa_bridge.wire import (
     IovaRange,
     Payload,
     Struct,
-    U8,
-    U16,
-    U32,
-    U64,
     VringAddr,
     VringFile,
     VringState,
