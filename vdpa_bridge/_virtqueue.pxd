@@ -53,7 +53,9 @@ cdef extern from "chain.h" nogil:
 
 cdef extern from "virtqueue.h" nogil:
     enum: VQ_OK, VQ_INDIRECT_MAX, VRING_MAX_NUM
-    bint vring_num_valid(uint32_t num)
+    const uint32_t VQ_PACKED_START
+    bint vq_num_valid(uint32_t num, bint packed)
+    bint vq_base_valid(uint32_t num, uint32_t base, bint packed)
     struct vq_fault:
         int code
     int vq_fault_describe(const vq_fault *fault, char *text, size_t size)
@@ -69,16 +71,16 @@ cdef extern from "virtqueue.h" nogil:
     struct vq_device_config:
         const iova_map *map
         uint64_t desc, avail, used
-        uint32_t num
-        uint16_t base
-        bint event_idx, indirect
+        uint32_t num, base
+        bint event_idx, indirect, packed
     struct vq_device:
         vq_device_config config
-        uint16_t next_avail, used_idx
+        uint16_t used_idx
         uint32_t in_flight
         vq_fault fault
     int vq_device_init(vq_device *vq, const vq_device_config *config)
     void vq_device_destroy(vq_device *vq)
+    uint32_t vq_device_base(const vq_device *vq)
     size_t vq_device_pop(vq_device *vq, vq_chain *chains, size_t limit, iova_pieces *pieces)
     int vq_device_push(vq_device *vq, const vq_used *done, size_t count)
     int vq_device_enable_kick(vq_device *vq)
@@ -86,7 +88,7 @@ cdef extern from "virtqueue.h" nogil:
 
     struct vq_layout_t "vq_layout":
         uint64_t desc, avail, used, tables, size
-    vq_layout_t vq_layout(uint32_t num, uint32_t table_entries)
+    vq_layout_t vq_layout(uint32_t num, uint32_t table_entries, bint packed)
     struct vq_buffer:
         uint64_t iova
         uint32_t length
@@ -97,9 +99,8 @@ cdef extern from "virtqueue.h" nogil:
     struct vq_driver_config:
         void *area
         uint64_t iova
-        uint32_t num, table_entries
-        uint16_t base
-        bint event_idx
+        uint32_t num, table_entries, base
+        bint event_idx, packed
     struct vq_driver:
         vq_driver_config config
         uint32_t free, in_flight
@@ -160,6 +161,6 @@ cdef class DriverQueue:
     cdef vq_buffer *buffers
     cdef size_t most  # buffers of the longest chain
     cdef vq_done done[BATCH]
-    cdef list held  # token by head
+    cdef list held  # token by head, or by buffer id
     cdef object owner
     cdef size_t take(self, object segments, size_t count) except? 0

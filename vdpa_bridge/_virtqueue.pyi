@@ -66,7 +66,7 @@ class Chain:
         """TypeError: there is nothing to make a chain of."""
     @property
     def head(self) -> int:
-        """Index of the first descriptor; what the used ring carries."""
+        """Index of the first descriptor, or the buffer id on a packed ring; what a used entry carries."""
     @property
     def readable(self) -> int:
         """Bytes the device may read."""
@@ -92,7 +92,7 @@ class Chain:
 
 @final
 class DeviceQueue:
-    """The device's end of a split virtqueue (virtio 1.2, 2.7), in memory the driver can write at any time.
+    """The device's end of a split (virtio 1.2, 2.7) or packed (2.8) virtqueue, in memory the driver can write at any time.
 
     Whatever the driver writes there can only break this queue: `broken` then says why, and `pop_many` and `push_many` raise
     OSError(EPROTO). A device answers that with DEVICE_NEEDS_RESET (virtio 1.2, 2.1.2).
@@ -107,14 +107,19 @@ class DeviceQueue:
         avail: int,
         used: int,
         *,
-        base: int = 0,
+        base: int | None = None,
         event_idx: bool = False,
         indirect: bool = True,
+        packed: bool = False,
     ) -> Self:
-        """`num` entries (a power of 2, at most 32768), the IOVAs of the three areas, and the available index to start at.
+        """`num` entries (at most 32768; a power of 2 unless `packed`), the IOVAs of the three areas, and where to start.
 
-        ValueError: num, base or alignment (16, 2 and 4 bytes) is wrong. OSError(EFAULT): an area is not mapped in one piece with
-        the permission it needs.
+        `packed` needs VIRTIO_F_RING_PACKED; `avail` and `used` are then the driver's and the device's event suppression
+        structures. `base` is what SET_VRING_BASE carries: the available index, by default 0; for a packed ring the last
+        available index in bits 0-14 and its wrap counter in bit 15, the last used ones in bits 16-30 and 31, by default
+        0x80008000 (both indices 0, both counters 1).
+        ValueError: num, base or alignment (16, 2 and 4 bytes; packed 16, 4 and 4) is wrong. OSError(EFAULT): an area is not
+        mapped in one piece with the permission it needs (a packed ring's descriptors: both).
         """
     def pop_many(self, limit: int = 64) -> list[Chain]:
         """Take up to `limit` chains the driver made available, in ring order; an empty list when there is none.
@@ -122,7 +127,7 @@ class DeviceQueue:
         When the ring turns out broken, chains before the fault are still returned; the next call raises OSError(EPROTO).
         """
     def push_many(self, completed: Iterable[tuple[Chain, int]]) -> bool:
-        """Hand chains back, each with the bytes written to its writable part; one index update. True: a call is due.
+        """Hand chains back, each with the bytes written to its writable part, all visible at once. True: a call is due.
 
         ValueError, before anything is pushed: a chain of another queue, one handed back already, or more bytes than writable.
         """
@@ -134,10 +139,10 @@ class DeviceQueue:
     def num(self) -> int: ...
     @property
     def base(self) -> int:
-        """The next available index to take: what GET_VRING_BASE reports (0 to 65535)."""
+        """What GET_VRING_BASE reports: the next available index to take (0 to 65535), or both places of a packed ring, as in the constructor."""
     @property
     def used_idx(self) -> int:
-        """The used index as published (0 to 65535)."""
+        """The used index as published (0 to 65535); packed: the next place to write, its wrap counter in bit 15."""
     @property
     def in_flight(self) -> int:
         """Chains popped and not handed back yet."""
@@ -147,7 +152,7 @@ class DeviceQueue:
 
 @final
 class DriverQueue(Generic[_T]):
-    """The driver's end of a split virtqueue, with a token of type T per chain.
+    """The driver's end of a split or packed virtqueue, with a token of type T per chain.
 
     The ring area is one contiguous piece laid out by `ring_layout`; the constructor clears it, and `owner` is kept alive with it.
     A hostile device can only break the queue: `broken` then says why, and every call raises OSError(EPROTO).
@@ -163,13 +168,16 @@ class DriverQueue(Generic[_T]):
         *,
         table_entries: int = 0,
         event_idx: bool = False,
-        base: int = 0,
+        base: int | None = None,
         owner: object = None,
+        packed: bool = False,
     ) -> Self:
-        """Put a ring of `num` (a power of 2, at most 32768) at `address`, which the device sees at `iova`.
+        """Put a ring of `num` (at most 32768; a power of 2 unless `packed`) at `address`, which the device sees at `iova`.
 
         `table_entries` > 0 uses indirect descriptors for chains of 2 to that many buffers (needs VIRTIO_F_INDIRECT_DESC), `event_idx` needs
-        VIRTIO_F_EVENT_IDX. ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
+        VIRTIO_F_EVENT_IDX, `packed` VIRTIO_F_RING_PACKED. `base` is as for `DeviceQueue`; both halves of a packed one are the same,
+        for nothing is in flight yet.
+        ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
         """
     def __class_getitem__(cls, item: object, /) -> GenericAlias: ...
     def add_many(self, requests: Sequence[tuple[_Segments, _Segments, _T]]) -> int:
@@ -178,7 +186,7 @@ class DriverQueue(Generic[_T]):
         ValueError: a chain without buffers, with an empty one, or longer than the ring; chains before it stay added.
         """
     def publish(self) -> bool:
-        """Make the added chains available to the device, all by one index update. True: a kick is due."""
+        """Make the added chains available to the device, all at once. True: a kick is due."""
     def reap(self, limit: int = 64) -> list[tuple[_T, int]]:
         """Take up to `limit` completed chains: (token, bytes the device claims to have written)."""
     def enable_call(self) -> bool:
@@ -192,10 +200,10 @@ class DriverQueue(Generic[_T]):
         """IOVA of the descriptor area."""
     @property
     def avail(self) -> int:
-        """IOVA of the driver area (available ring)."""
+        """IOVA of the driver area (available ring; packed: driver event suppression)."""
     @property
     def used(self) -> int:
-        """IOVA of the device area (used ring)."""
+        """IOVA of the device area (used ring; packed: device event suppression)."""
     @property
     def free(self) -> int:
         """Descriptors that can still be added."""
@@ -218,5 +226,8 @@ def unguard(address: int) -> None:
 def poisoned(address: int) -> bool:
     """Whether the guarded mapping that starts at `address` was replaced. ValueError when there is none."""
 
-def ring_layout(num: int, table_entries: int = 0) -> tuple[int, int, int, int, int]:
-    """Offsets of (desc, avail, used, indirect tables) in one contiguous 16-byte aligned area, and its whole size."""
+def ring_layout(num: int, table_entries: int = 0, packed: bool = False) -> tuple[int, int, int, int, int]:
+    """Offsets of (desc, avail, used, indirect tables) in one contiguous 16-byte aligned area, and its whole size.
+
+    Of a packed ring `avail` and `used` are the event suppression structures of driver and device.
+    """

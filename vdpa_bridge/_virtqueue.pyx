@@ -4,7 +4,7 @@
 
 Rule: convert and check Python values, keep what C points into alive, hold no ring logic. Batches cross once. The GIL is
 released for file I/O only: everything else is shorter than giving it up and taking it back. The C declarations and the
-fields of the classes are in `_virtqueue.pxd`.
+fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_virtqueue_memory.pxi`.
 """
 
 cimport cython
@@ -42,92 +42,27 @@ cdef object answer(int due, const vq_fault *fault):
     return due > 0
 
 
-cdef uint32_t checked_num(object num, object base) except 0:
-    if not 0 < num <= VRING_MAX_NUM or not vring_num_valid(num):
-        raise ValueError(f"ring size {num} is not a power of 2 up to {VRING_MAX_NUM}")
-    if not 0 <= base <= 0xFFFF:
-        raise ValueError(f"base {base} is not a 16-bit index")
+cdef uint32_t checked_num(object num, bint packed) except 0:
+    if not 0 < num <= VRING_MAX_NUM or not vq_num_valid(num, packed):
+        raise ValueError(f"ring size {num} is not {'' if packed else 'a power of 2 '}up to {VRING_MAX_NUM}")
     return num
 
 
-cdef vq_layout_t checked_layout(uint32_t num, object table_entries) except *:
+cdef uint32_t checked_base(uint32_t num, object base, bint packed) except? 0:
+    if base is None:
+        return VQ_PACKED_START if packed else 0
+    if not 0 <= base <= 0xFFFFFFFF or not vq_base_valid(num, base, packed):
+        raise ValueError(f"base {base} is not {'two positions in the ring with their wrap counters' if packed else 'a 16-bit index'}")
+    return base
+
+
+cdef vq_layout_t checked_layout(uint32_t num, object table_entries, bint packed) except *:
     if not 0 <= table_entries <= VQ_INDIRECT_MAX:
         raise ValueError(f"{table_entries} entries per indirect table, of at most {VQ_INDIRECT_MAX}")
-    return vq_layout(num, table_entries)
+    return vq_layout(num, table_entries, packed)
 
 
-@cython.final
-cdef class IovaMap:
-    def __cinit__(self):
-        iova_map_init(&self.map)
-
-    def __dealloc__(self):
-        iova_map_destroy(&self.map)
-
-    cdef int settle(self) except -1:
-        for _ in range(PATIENCE):
-            if not self.busy:
-                return 0
-            with nogil:
-                usleep(100)
-        raise OSError(EBUSY, "I/O on this memory did not end within 5 s")
-
-    cdef int unpoisoned(self, uint64_t before) except -1:
-        if guard_events() != before and iova_map_poisoned(&self.map):
-            raise OSError(EFAULT, "shared memory was truncated by its owner")
-        return 0
-
-    def add(self, uint64_t iova, uint64_t size, uintptr_t address, uint32_t perm):
-        self.settle()
-        cdef int error = -iova_map_add(&self.map, iova, size, <void *> address, perm)
-        if error:
-            reason = "overlaps a region" if error == EEXIST else strerror(error)
-            raise OSError(error, f"map IOVA 0x{iova:x} size 0x{size:x} address 0x{address:x} perm {perm}: {reason}")
-
-    def remove(self, uint64_t iova, uint64_t size):
-        self.settle()
-        cdef long removed = iova_map_remove(&self.map, iova, size)
-        if removed < 0:
-            raise OSError(-removed, f"unmap IOVA 0x{iova:x} size 0x{size:x}: empty, or wraps")
-        return removed
-
-    def clear(self):
-        self.settle()
-        iova_map_clear(&self.map)
-
-    def read(self, uint64_t iova, Py_ssize_t length):
-        if length < 0:
-            raise ValueError("negative length")
-        cdef uint64_t before = guard_events()
-        cdef bytes out = PyBytes_FromStringAndSize(NULL, length)
-        if iova_read(&self.map, iova, PyBytes_AS_STRING(out), length):
-            raise OSError(EFAULT, f"read of {length} bytes at IOVA 0x{iova:x}: not mapped for reading")
-        self.unpoisoned(before)
-        return out
-
-    def write(self, uint64_t iova, object data):
-        cdef uint64_t before = guard_events()
-        cdef Py_buffer view
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        cdef int error = iova_write(&self.map, iova, view.buf, view.len)
-        PyBuffer_Release(&view)
-        if error:
-            raise OSError(EFAULT, f"write of {view.len} bytes at IOVA 0x{iova:x}: not mapped for writing")
-        self.unpoisoned(before)
-
-    def regions(self):
-        cdef list out = []
-        cdef iova_region *region
-        for region in self.map.regions[:self.map.count]:
-                out.append((region.iova, <object> (region.last - region.iova) + 1, <uintptr_t> region.host, region.perm))
-        return out
-
-    @property
-    def poisoned(self):
-        return iova_map_poisoned(&self.map)
-
-    def __len__(self):
-        return self.map.count
+include "_virtqueue_memory.pxi"
 
 
 @cython.final
@@ -264,14 +199,14 @@ cdef uint64_t rest(uint64_t size, uint64_t offset, object length) except? 0:
 cdef class DeviceQueue:
     def __cinit__(
         self, IovaMap memory not None, object num, uint64_t desc, uint64_t avail, uint64_t used,
-        *, object base=0, bint event_idx=False, bint indirect=True,
+        *, object base=None, bint event_idx=False, bint indirect=True, bint packed=False,
     ):
         cdef vq_device_config config
-        cdef uint32_t entries = checked_num(num, base)
+        cdef uint32_t entries = checked_num(num, packed)
         cdef int error
-        config.map, config.num, config.base = &memory.map, entries, base
+        config.map, config.num, config.base = &memory.map, entries, checked_base(entries, base, packed)
         config.desc, config.avail, config.used = desc, avail, used
-        config.event_idx, config.indirect = event_idx, indirect
+        config.event_idx, config.indirect, config.packed = event_idx, indirect, packed
         self.memory = memory
         self.done = <vq_used *> malloc(entries * sizeof(vq_used))
         self.pieces.capacity = PIECES + entries
@@ -281,7 +216,8 @@ cdef class DeviceQueue:
         self.pieces.iova = <uint64_t *> (self.pieces.iov + self.pieces.capacity)
         error = -vq_device_init(&self.vq, &config)
         if error == EINVAL:
-            raise ValueError(f"ring areas 0x{desc:x}, 0x{avail:x}, 0x{used:x} are not aligned to 16, 2 and 4 bytes")
+            needed = "16, 4 and 4" if packed else "16, 2 and 4"
+            raise ValueError(f"ring areas 0x{desc:x}, 0x{avail:x}, 0x{used:x} are not aligned to {needed} bytes")
         if error == EFAULT:
             raise OSError(EFAULT, fault_text(&self.vq.fault))
         if error:
@@ -343,7 +279,7 @@ cdef class DeviceQueue:
 
     @property
     def base(self):
-        return self.vq.next_avail
+        return vq_device_base(&self.vq)
 
     @property
     def used_idx(self):
@@ -362,16 +298,17 @@ cdef class DeviceQueue:
 cdef class DriverQueue:
     def __cinit__(
         self, uintptr_t address, uint64_t size, uint64_t iova, object num,
-        *, object table_entries=0, bint event_idx=False, object base=0, object owner=None,
+        *, object table_entries=0, bint event_idx=False, object base=None, object owner=None, bint packed=False,
     ):
         cdef vq_driver_config config
-        cdef uint32_t entries = checked_num(num, base)
+        cdef uint32_t entries = checked_num(num, packed)
         cdef int error
-        self.layout = checked_layout(entries, table_entries)
+        self.layout = checked_layout(entries, table_entries, packed)
         if size < self.layout.size:
             raise ValueError(f"ring area has {size} bytes, needs {self.layout.size}")
-        config.area, config.iova, config.num, config.base = <void *> address, iova, entries, base
-        config.table_entries, config.event_idx = table_entries, event_idx
+        config.area, config.iova, config.num = <void *> address, iova, entries
+        config.base = checked_base(entries, base, packed)
+        config.table_entries, config.event_idx, config.packed = table_entries, event_idx, packed
         self.owner, self.held = owner, [None] * entries
         self.most = max(entries, <uint32_t> table_entries)
         self.buffers = <vq_buffer *> malloc(self.most * sizeof(vq_buffer))
@@ -379,6 +316,8 @@ cdef class DriverQueue:
             raise MemoryError
         error = -vq_driver_init(&self.vq, &config)
         if error == EINVAL:
+            if packed and config.base >> 16 != config.base & 0xFFFF:
+                raise ValueError(f"base 0x{config.base:x}: a driver starts with nothing in flight, both its halves the same")
             raise ValueError(f"ring area at 0x{address:x}, IOVA 0x{iova:x} is not aligned to 16 bytes")
         if error:
             raise MemoryError
@@ -472,29 +411,6 @@ cdef class DriverQueue:
         return fault_text(&self.vq.fault)
 
 
-def guard(uintptr_t address, uint64_t size):
-    cdef int error = -guard_add(<void *> address, size)
-    if error in (EINVAL, EEXIST):
-        reason = "overlaps a guarded mapping" if error == EEXIST else "empty, or not page aligned"
-        raise ValueError(f"guard 0x{address:x} size 0x{size:x}: {reason}")
-    if error:
-        raise OSError(error, strerror(error))
-
-
-cdef int guarded(uintptr_t address, int state) except -1:
-    if state < 0:
-        raise ValueError(f"no guarded mapping starts at 0x{address:x}")
-    return state
-
-
-def unguard(uintptr_t address):
-    guarded(address, guard_remove(<void *> address))
-
-
-def poisoned(uintptr_t address):
-    return guarded(address, guard_poisoned(<void *> address)) > 0
-
-
-def ring_layout(num, table_entries=0):
-    cdef vq_layout_t layout = checked_layout(checked_num(num, 0), table_entries)
+def ring_layout(num, table_entries=0, bint packed=False):
+    cdef vq_layout_t layout = checked_layout(checked_num(num, packed), table_entries, packed)
     return layout.desc, layout.avail, layout.used, layout.tables, layout.size

@@ -62,7 +62,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Where the areas of a split ring lie in one piece of memory; offsets and size in bytes (virtio 1.2, 2.7)."""
+    """Where the areas of a ring lie in one piece of memory; offsets and size in bytes (virtio 1.2, 2.7 and 2.8)."""
 
     num: int
     table_entries: int
@@ -71,11 +71,13 @@ class RingLayout:
     used: int
     tables: int
     size: int
+    packed: bool = False
 
     @classmethod
-    def contiguous(cls, num: int, table_entries: int = 0) -> Self:
+    def contiguous(cls, num: int, table_entries: int = 0, packed: bool = False) -> Self:
         """The layout `DriverQueue` uses for `num` entries, with an indirect table of `table_entries` for each.
 
-        ValueError when `num` is not a power of 2 up to 32768, or `table_entries` is more than 1024.
+        Of a packed ring, `avail` and `used` are the event suppression structures. ValueError when `num` is no size of such a
+        ring (a power of 2 up to 32768; packed: any up to that), or `table_entries` is more than 1024.
         """
-        return cls(num, table_entries, *ring_layout(num, table_entries))
+        return cls(num, table_entries, *ring_layout(num, table_entries, packed), packed)

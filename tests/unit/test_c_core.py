@@ -19,4 +19,4 @@ def test_c_core_under_sanitizers(tmp_path: Path) -> None:
     command = ["make", "-C", str(source), f"OUT={tmp_path}", "-j2", "check", "tsan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list(tmp_path.glob("*/*.passed"))) >= 9
+    assert len(list(tmp_path.glob("*/*.passed"))) >= 11

@@ -4,7 +4,8 @@
  *
  * Rule: whatever the other side writes can only break the queue. `fault` then says what was seen, for good; no call
  * touches the ring any more, and nothing outside the mapped memory is read or written on the way there.
- * The calls name no ring format: a packed ring fits behind the same ones.
+ * The calls name no ring format: `packed` in the configuration chooses it, for good. A packed ring's "head" is its
+ * buffer id, its base has the available cursor in bits 0-15 and the used one in bits 16-31 (see packed.h).
  * Synchronization: each end belongs to one thread at a time. No call allocates, except init.
  */
 #ifndef VDPA_BRIDGE_VIRTQUEUE_H
@@ -15,6 +16,7 @@
 #include <stdint.h>
 
 #include "iova.h"
+#include "packed.h"
 #include "vring.h"
 
 enum vq_fault_code {
@@ -35,6 +37,11 @@ enum vq_fault_code {
 	VQ_INDIRECT_SIZE,
 	VQ_INDIRECT_UNMAPPED,
 	VQ_RING_UNMAPPED,
+	/* the same, on packed rings only */
+	VQ_CHAIN_PARTIAL,
+	VQ_ID_RANGE,
+	VQ_ID_BUSY,
+	VQ_RING_OVERRUN,
 	/* seen by the driver's end */
 	VQ_USED_JUMP,
 	VQ_USED_ID,
@@ -55,6 +62,14 @@ int vq_fault_describe(const struct vq_fault *fault, char *text, size_t size);
 
 /* Longest indirect table a device accepts on a ring of any size: what today's peers accept and drivers stay below. */
 enum { VQ_INDIRECT_MAX = 1024 };
+
+/* A packed ring's base before anything moved: both cursors at 0, both wrap counters 1. */
+#define VQ_PACKED_START UINT32_C(0x80008000)
+
+bool vq_num_valid(uint32_t num, bool packed);
+
+/* As SET_VRING_BASE has it: an available index, or two cursors that lie in the ring. */
+bool vq_base_valid(uint32_t num, uint32_t base, bool packed);
 
 /* ---- device ---- */
 
@@ -77,31 +92,39 @@ struct vq_device_config {
 	const struct iova_map *map; /* outlives the queue */
 	uint64_t desc, avail, used; /* IOVAs */
 	uint32_t num;
-	uint16_t base; /* available index to start at */
+	uint32_t base; /* where to start */
 	bool event_idx;
 	bool indirect;
+	bool packed;
 };
 
 struct vq_device {
 	struct vq_device_config config;
-	struct vring ring;
+	union {
+		struct vring ring;
+		struct packed_ring packed;
+	};
 	uint64_t generation; /* of the map, when `ring` was looked up */
 	uint64_t guard_seen;
 	size_t hint; /* of buffers */
 	size_t table_hint; /* of indirect tables, which mostly lie elsewhere */
-	uint16_t next_avail;
-	uint16_t avail_seen; /* avail->idx as last read */
-	uint16_t used_idx;
+	uint16_t next_avail; /* packed: a cursor */
+	uint16_t avail_seen; /* avail->idx as last read; split only */
+	uint16_t used_idx; /* packed: a cursor */
 	bool call_always; /* until the first push: the driver may have missed one before us */
 	uint32_t in_flight;
-	bool *busy; /* by head: popped and not pushed */
+	uint32_t taken; /* descriptors of the chains in flight; packed only */
+	uint16_t *busy; /* by head: ring entries of the chain popped and not pushed, or 0 */
 	uint64_t *table; /* copy of the indirect table being walked */
 	struct vq_fault fault;
 };
 
-/* 0, -EINVAL (num or alignment), -EFAULT (an area is not mapped in one piece), -ENOMEM. */
+/* 0, -EINVAL (num, base or alignment), -EFAULT (an area is not mapped in one piece), -ENOMEM. */
 int vq_device_init(struct vq_device *vq, const struct vq_device_config *config);
 void vq_device_destroy(struct vq_device *vq);
+
+/* What GET_VRING_BASE reports. */
+uint32_t vq_device_base(const struct vq_device *vq);
 
 /*
  * Takes up to `limit` chains, appending their pieces. Stops early before a chain whose pieces do not fit beside the
@@ -109,8 +132,10 @@ void vq_device_destroy(struct vq_device *vq);
  */
 size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces);
 
-/* Hands back `count` chains by one index update. 1: a call is due; 0: not; -EINVAL: a head was not popped (the ones
- * before it are handed back); -EPROTO: broken. */
+/*
+ * Hands back `count` chains at once: by one index update, or on a packed ring with the first one's flags last. 1: a call
+ * is due; 0: not; -EINVAL: a head was not popped (the ones before it are handed back); -EPROTO: broken.
+ */
 int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t count);
 
 /* 1: chains are waiting already; 0: none, the driver will kick; -EPROTO: broken. */
@@ -124,8 +149,9 @@ struct vq_layout {
 	uint64_t size;
 };
 
-/* One contiguous area; the used ring starts a cache line of its own. `table_entries` 0: no indirect tables. */
-struct vq_layout vq_layout(uint32_t num, uint32_t table_entries);
+/* One contiguous area; what the device alone writes starts a cache line of its own. `table_entries` 0: no indirect
+ * tables. A packed ring's `avail` and `used` are the driver's and the device's event structures. */
+struct vq_layout vq_layout(uint32_t num, uint32_t table_entries, bool packed);
 
 struct vq_buffer {
 	uint64_t iova;
@@ -141,9 +167,9 @@ struct vq_done {
 struct vq_driver_slot {
 	uint64_t token;
 	uint64_t writable;
-	uint16_t next; /* next free descriptor, or the chain's next: never read from the ring */
-	uint16_t count; /* descriptors of the chain that starts here; 0: none does */
-	uint16_t position; /* available index it was added at */
+	uint16_t next; /* next free descriptor (packed: id), or the chain's next: never read from the ring */
+	uint16_t count; /* descriptors of the chain that starts here (packed: has this id); 0: none does */
+	uint16_t position; /* what `added` was when it was added */
 };
 
 struct vq_driver_config {
@@ -151,18 +177,26 @@ struct vq_driver_config {
 	uint64_t iova;
 	uint32_t num;
 	uint32_t table_entries;
-	uint16_t base;
+	uint32_t base; /* packed: both cursors the same, as nothing is in flight */
 	bool event_idx;
+	bool packed;
 };
 
 struct vq_driver {
 	struct vq_driver_config config;
 	struct vq_layout layout;
-	struct vring ring;
+	union {
+		struct vring ring;
+		struct packed_ring packed;
+	};
 	uint64_t guard_seen;
-	uint16_t added; /* available index after the last add */
-	uint16_t published; /* what avail->idx says */
-	uint16_t last_used;
+	uint16_t added; /* available index after the last add; packed: chains added */
+	uint16_t published; /* of those, what the device may see */
+	uint16_t last_used; /* packed: a cursor */
+	uint16_t next_avail; /* from here on, packed only: the cursor after the last add */
+	uint16_t batch; /* descriptors added and not published */
+	uint16_t withheld_flags; /* of the batch's first descriptor */
+	struct packed_desc *withheld; /* that descriptor */
 	uint16_t free_head;
 	uint32_t free;
 	uint32_t in_flight;
@@ -170,7 +204,7 @@ struct vq_driver {
 	struct vq_fault fault;
 };
 
-/* Clears the area. 0, -EINVAL (num or alignment), -ENOMEM. */
+/* Clears the area. 0, -EINVAL (num, base or alignment), -ENOMEM. */
 int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config);
 void vq_driver_destroy(struct vq_driver *vq);
 
@@ -178,7 +212,7 @@ void vq_driver_destroy(struct vq_driver *vq);
 int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable,
 		  uint64_t token);
 
-/* One index update for all added. 1: a kick is due; 0: not; -EPROTO: broken. */
+/* Makes all added chains visible at once. 1: a kick is due; 0: not; -EPROTO: broken. */
 int vq_driver_publish(struct vq_driver *vq);
 size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit);
 

@@ -1,57 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * The device's end of a split virtqueue. Partners of the barriers here are in driver.c (or in the peer's driver):
- * [A] avail->idx, [B] asking for kicks, [C] used->idx, [D] asking for calls.
+ * The device's end: setting up, and the split format; packed_device.c has the other. Partners of the barriers here are
+ * in driver.c (or in the peer's driver): [A] avail->idx, [B] asking for kicks, [C] used->idx, [D] asking for calls.
  */
-#include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "guard.h"
-#include "virtqueue.h"
+#include "device_end.h"
 
-static bool set_fault(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
+static uint64_t avail_align(const struct vq_device_config *c)
 {
-	vq->fault = (struct vq_fault){ .code = code, .where = where, .value = value };
-	return false;
+	return c->packed ? PACKED_EVENT_ALIGN : VRING_AVAIL_ALIGN;
 }
 
-/* Looks the three areas up; false with the IOVA in the fault when one is not there. */
-static bool look_up_ring(struct vq_device *vq)
+static uint64_t used_align(const struct vq_device_config *c)
+{
+	return c->packed ? PACKED_EVENT_ALIGN : VRING_USED_ALIGN;
+}
+
+bool device_look_up(struct vq_device *vq)
 {
 	const struct vq_device_config *c = &vq->config;
-	void *desc = iova_contiguous(c->map, &vq->hint, c->desc, (uint64_t)VRING_DESC_SIZE * c->num, IOVA_RO);
-	void *avail = iova_contiguous(c->map, &vq->hint, c->avail, vring_avail_size(c->num, c->event_idx), IOVA_RO);
-	void *used = iova_contiguous(c->map, &vq->hint, c->used, vring_used_size(c->num, c->event_idx), IOVA_WO);
+	uint64_t avail_size = c->packed ? PACKED_EVENT_SIZE : vring_avail_size(c->num, c->event_idx);
+	uint64_t used_size = c->packed ? PACKED_EVENT_SIZE : vring_used_size(c->num, c->event_idx);
+	void *desc = iova_contiguous(c->map, &vq->hint, c->desc, (uint64_t)VRING_DESC_SIZE * c->num,
+				     c->packed ? IOVA_RW : IOVA_RO);
+	void *avail = iova_contiguous(c->map, &vq->hint, c->avail, avail_size, IOVA_RO);
+	void *used = iova_contiguous(c->map, &vq->hint, c->used, used_size, IOVA_WO);
 
 	vq->generation = c->map->generation;
 	if (!desc || (uintptr_t)desc % 8)
-		return set_fault(vq, VQ_RING_UNMAPPED, 0, c->desc);
-	if (!avail || (uintptr_t)avail % VRING_AVAIL_ALIGN)
-		return set_fault(vq, VQ_RING_UNMAPPED, 0, c->avail);
-	if (!used || (uintptr_t)used % VRING_USED_ALIGN)
-		return set_fault(vq, VQ_RING_UNMAPPED, 0, c->used);
-	vq->ring = (struct vring){ .desc = desc, .avail = avail, .used = used, .num = c->num };
+		return device_fault(vq, VQ_RING_UNMAPPED, 0, c->desc);
+	if (!avail || (uintptr_t)avail % avail_align(c))
+		return device_fault(vq, VQ_RING_UNMAPPED, 0, c->avail);
+	if (!used || (uintptr_t)used % used_align(c))
+		return device_fault(vq, VQ_RING_UNMAPPED, 0, c->used);
+	if (c->packed)
+		vq->packed = (struct packed_ring){ .desc = desc, .driver_event = avail, .device_event = used, .num = c->num };
+	else
+		vq->ring = (struct vring){ .desc = desc, .avail = avail, .used = used, .num = c->num };
 	return true;
 }
 
-/* Before a batch: not broken, and the ring is where it was or has been found again. */
-static bool usable(struct vq_device *vq)
+bool vq_num_valid(uint32_t num, bool packed)
 {
-	if (vq->fault.code != VQ_OK)
-		return false;
-	return vq->generation == vq->config.map->generation || look_up_ring(vq);
+	return packed ? packed_num_valid(num) : vring_num_valid(num);
 }
 
-/* After a batch: what was read came from the driver, not from a mapping the guard replaced. */
-static bool sound(struct vq_device *vq)
+bool vq_base_valid(uint32_t num, uint32_t base, bool packed)
 {
-	uint64_t now = guard_events();
-
-	if (now == vq->guard_seen)
-		return true;
-	vq->guard_seen = now;
-	return !iova_map_poisoned(vq->config.map) || set_fault(vq, VQ_POISONED, 0, 0);
+	if (!packed)
+		return base <= UINT16_MAX;
+	return cursor_position((uint16_t)base) < num && cursor_position((uint16_t)(base >> 16)) < num;
 }
 
 int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
@@ -59,11 +58,11 @@ int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
 	uint32_t entries = config->num > VQ_INDIRECT_MAX ? config->num : VQ_INDIRECT_MAX;
 
 	memset(vq, 0, sizeof(*vq));
-	if (!vring_num_valid(config->num) || config->desc % VRING_DESC_ALIGN || config->avail % VRING_AVAIL_ALIGN ||
-	    config->used % VRING_USED_ALIGN)
+	if (!vq_num_valid(config->num, config->packed) || !vq_base_valid(config->num, config->base, config->packed) ||
+	    config->desc % VRING_DESC_ALIGN || config->avail % avail_align(config) || config->used % used_align(config))
 		return -EINVAL;
 	vq->config = *config;
-	if (!look_up_ring(vq))
+	if (!device_look_up(vq))
 		return -EFAULT;
 	vq->busy = calloc(config->num, sizeof(*vq->busy));
 	vq->table = malloc((size_t)entries * VRING_DESC_SIZE);
@@ -71,8 +70,9 @@ int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
 		vq_device_destroy(vq);
 		return -ENOMEM;
 	}
-	vq->next_avail = vq->avail_seen = config->base;
-	vq->used_idx = ring16_load(used_idx(&vq->ring), memory_order_relaxed);
+	vq->next_avail = vq->avail_seen = (uint16_t)config->base;
+	vq->used_idx = config->packed ? (uint16_t)(config->base >> 16) :
+					ring16_load(used_idx(&vq->ring), memory_order_relaxed);
 	vq->call_always = true;
 	(void)vq_device_enable_kick(vq);
 	return 0;
@@ -86,6 +86,11 @@ void vq_device_destroy(struct vq_device *vq)
 	vq->table = NULL;
 }
 
+uint32_t vq_device_base(const struct vq_device *vq)
+{
+	return vq->config.packed ? (uint32_t)vq->used_idx << 16 | vq->next_avail : vq->next_avail;
+}
+
 /* Chains that wait, after reading avail->idx once; 0 with a fault when the index is impossible. */
 static uint16_t waiting(struct vq_device *vq)
 {
@@ -95,60 +100,10 @@ static uint16_t waiting(struct vq_device *vq)
 	vq->avail_seen = ring16_load(avail_idx(&vq->ring), memory_order_acquire);
 	count = (uint16_t)(vq->avail_seen - vq->next_avail);
 	if (count > vq->ring.num) {
-		set_fault(vq, VQ_AVAIL_JUMP, vq->next_avail, vq->avail_seen);
+		device_fault(vq, VQ_AVAIL_JUMP, vq->next_avail, vq->avail_seen);
 		return 0;
 	}
 	return count;
-}
-
-/* Copies an indirect table, so that it is read once whatever the driver does to it meanwhile. */
-static bool open_table(struct vq_device *vq, uint16_t head, struct vring_desc_value desc)
-{
-	uint32_t most = vq->ring.num > VQ_INDIRECT_MAX ? vq->ring.num : VQ_INDIRECT_MAX;
-	struct iovec iov;
-	uint64_t at;
-	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
-
-	if (!vq->config.indirect)
-		return set_fault(vq, VQ_INDIRECT_REFUSED, head, 0);
-	if (desc.flags & DESC_NEXT) /* virtio 1.2, 2.7.5.3.1 */
-		return set_fault(vq, VQ_INDIRECT_NEXT, head, 0);
-	if (desc.length == 0 || desc.length % VRING_DESC_SIZE || desc.length / VRING_DESC_SIZE > most)
-		return set_fault(vq, VQ_INDIRECT_SIZE, head, desc.length);
-	if (iova_translate(vq->config.map, &vq->table_hint, desc.address, desc.length, IOVA_RO, &one) == 0)
-		memcpy(vq->table, iov.iov_base, desc.length);
-	else if (iova_read(vq->config.map, desc.address, vq->table, desc.length))
-		return set_fault(vq, VQ_INDIRECT_UNMAPPED, head, desc.address);
-	return true;
-}
-
-/* Appends one buffer to the chain; *full when its pieces do not fit. */
-static bool append(struct vq_device *vq, struct vq_chain *chain, struct vring_desc_value desc, uint32_t step,
-		   struct iova_pieces *pieces, bool *full)
-{
-	bool write = desc.flags & DESC_WRITE;
-	size_t before = pieces->used;
-	int error;
-
-	if (!write && chain->writable_pieces) /* virtio 1.2, 2.7.4.2 */
-		return set_fault(vq, VQ_CHAIN_ORDER, chain->head, step);
-	error = iova_translate(vq->config.map, &vq->hint, desc.address, desc.length, write ? IOVA_WO : IOVA_RO, pieces);
-	if (error == -ENOSPC) {
-		*full = true;
-		return false;
-	}
-	if (error)
-		return set_fault(vq, VQ_CHAIN_UNMAPPED, chain->head, desc.address);
-	if (write) {
-		chain->writable_pieces += (uint32_t)(pieces->used - before);
-		chain->writable += desc.length;
-	} else {
-		chain->readable_pieces += (uint32_t)(pieces->used - before);
-		chain->readable += desc.length;
-	}
-	if (chain->readable + chain->writable > UINT64_C(1) << 32) /* virtio 1.2, 2.7.5.2 */
-		return set_fault(vq, VQ_CHAIN_BYTES, chain->head, chain->readable + chain->writable);
-	return true;
 }
 
 /* Reads every descriptor of a chain once. False: a fault is set, or *full. */
@@ -161,13 +116,17 @@ static bool walk(struct vq_device *vq, struct vq_chain *chain, struct iova_piece
 		struct vring_desc_value desc;
 
 		if (step == limit)
-			return set_fault(vq, VQ_CHAIN_LONG, chain->head, limit);
+			return device_fault(vq, VQ_CHAIN_LONG, chain->head, limit);
 		desc = inside ? desc_value(vq->table[2 * index], vq->table[2 * index + 1]) :
 				vring_desc_load(&vq->ring, index);
 		if (desc.flags & DESC_INDIRECT) {
 			if (inside) /* virtio 1.2, 2.7.5.3.1 */
-				return set_fault(vq, VQ_INDIRECT_NESTED, chain->head, 0);
-			if (!open_table(vq, chain->head, desc))
+				return device_fault(vq, VQ_INDIRECT_NESTED, chain->head, 0);
+			if (!vq->config.indirect)
+				return device_fault(vq, VQ_INDIRECT_REFUSED, chain->head, 0);
+			if (desc.flags & DESC_NEXT) /* virtio 1.2, 2.7.5.3.1 */
+				return device_fault(vq, VQ_INDIRECT_NEXT, chain->head, 0);
+			if (!device_open_table(vq, chain->head, desc.address, desc.length))
 				return false;
 			inside = true;
 			limit = desc.length / VRING_DESC_SIZE;
@@ -175,12 +134,12 @@ static bool walk(struct vq_device *vq, struct vq_chain *chain, struct iova_piece
 			step = UINT32_MAX; /* the table counts from 0 again */
 			continue;
 		}
-		if (!append(vq, chain, desc, step, pieces, full))
+		if (!device_append(vq, chain, desc.address, desc.length, desc.flags & DESC_WRITE, step, pieces, full))
 			return false;
 		if (!(desc.flags & DESC_NEXT))
 			return true;
 		if (desc.next >= limit)
-			return set_fault(vq, VQ_NEXT_RANGE, index, desc.next);
+			return device_fault(vq, VQ_NEXT_RANGE, index, desc.next);
 		index = desc.next;
 	}
 }
@@ -191,7 +150,9 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 	uint32_t ready;
 	uint16_t next = vq->next_avail;
 
-	if (!usable(vq))
+	if (vq->config.packed)
+		return packed_device_pop(vq, chains, limit, pieces);
+	if (!device_usable(vq))
 		return 0;
 	ready = (uint16_t)(vq->avail_seen - vq->next_avail);
 	if (ready < limit)
@@ -202,27 +163,27 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 		bool full = false;
 
 		if (head >= vq->ring.num) {
-			set_fault(vq, VQ_HEAD_RANGE, next, head);
+			device_fault(vq, VQ_HEAD_RANGE, next, head);
 			break;
 		}
 		if (vq->busy[head]) {
-			set_fault(vq, VQ_HEAD_BUSY, next, head);
+			device_fault(vq, VQ_HEAD_BUSY, next, head);
 			break;
 		}
 		*chain = (struct vq_chain){ .first = pieces->used, .head = head };
 		if (!walk(vq, chain, pieces, &full)) {
 			pieces->used = chain->first;
 			if (full && chain->first == 0)
-				set_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
+				device_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
 			break;
 		}
-		vq->busy[head] = true;
+		vq->busy[head] = 1;
 		next++;
 		count++;
 	}
 	vq->next_avail = next;
 	vq->in_flight += (uint32_t)count;
-	if (!sound(vq))
+	if (!device_sound(vq))
 		return 0;
 	return count;
 }
@@ -246,7 +207,9 @@ int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t coun
 	size_t i;
 	bool due = false;
 
-	if (!usable(vq))
+	if (vq->config.packed)
+		return packed_device_push(vq, done, count);
+	if (!device_usable(vq))
 		return -EPROTO;
 	for (i = 0; i < count; i++) {
 		uint16_t head = done[i].head;
@@ -254,7 +217,7 @@ int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t coun
 
 		if (head >= vq->ring.num || !vq->busy[head])
 			break;
-		vq->busy[head] = false;
+		vq->busy[head] = 0;
 		atomic_store_explicit(&slot[0], htole32(head), memory_order_relaxed);
 		atomic_store_explicit(&slot[1], htole32(done[i].written), memory_order_relaxed);
 	}
@@ -265,7 +228,7 @@ int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t coun
 		ring16_store(used_idx(&vq->ring), vq->used_idx, memory_order_release);
 		due = call_due(vq, before);
 	}
-	if (!sound(vq))
+	if (!device_sound(vq))
 		return -EPROTO;
 	return i < count ? -EINVAL : due;
 }
@@ -274,7 +237,9 @@ int vq_device_enable_kick(struct vq_device *vq)
 {
 	int more;
 
-	if (!usable(vq))
+	if (vq->config.packed)
+		return packed_device_enable_kick(vq);
+	if (!device_usable(vq))
 		return -EPROTO;
 	ring16_store(used_flags(&vq->ring), 0, memory_order_relaxed);
 	if (vq->config.event_idx)
@@ -282,16 +247,20 @@ int vq_device_enable_kick(struct vq_device *vq)
 	/* pair [B]: full fence, the wish is stored before avail->idx is read again. virtio 1.2, 2.7.10 */
 	atomic_thread_fence(memory_order_seq_cst);
 	more = waiting(vq) != 0;
-	return sound(vq) && vq->fault.code == VQ_OK ? more : -EPROTO;
+	return device_sound(vq) && vq->fault.code == VQ_OK ? more : -EPROTO;
 }
 
 void vq_device_disable_kick(struct vq_device *vq)
 {
-	if (!usable(vq))
+	if (vq->config.packed) {
+		packed_device_disable_kick(vq);
+		return;
+	}
+	if (!device_usable(vq))
 		return;
 	if (vq->config.event_idx) /* an index just passed comes again after 65535 more */
 		ring16_store(avail_event(&vq->ring), (uint16_t)(vq->next_avail - 1), memory_order_relaxed);
 	else
 		ring16_store(used_flags(&vq->ring), RING_NO_NOTIFY, memory_order_relaxed);
-	(void)sound(vq);
+	(void)device_sound(vq);
 }

@@ -1,76 +1,67 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * The driver's end of a split virtqueue. Partners of the barriers here are in device.c (or in the peer's device).
- * The device may write all of the area, descriptors included, so free list and chain lengths are kept privately.
+ * The driver's end: setting up, and the split format; packed_driver.c has the other. Partners of the barriers here are
+ * in device.c (or in the peer's device).
  */
-#include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "guard.h"
-#include "virtqueue.h"
+#include "driver_end.h"
 
 static uint64_t align(uint64_t value, uint64_t to)
 {
 	return (value + to - 1) / to * to;
 }
 
-struct vq_layout vq_layout(uint32_t num, uint32_t table_entries)
+struct vq_layout vq_layout(uint32_t num, uint32_t table_entries, bool packed)
 {
 	enum { LINE = 64 };
 	struct vq_layout layout = { .desc = 0 };
 
 	layout.avail = (uint64_t)VRING_DESC_SIZE * num;
-	layout.used = align(layout.avail + vring_avail_size(num, true), LINE);
-	layout.tables = align(layout.used + vring_used_size(num, true), LINE);
+	layout.used = align(layout.avail + (packed ? PACKED_EVENT_SIZE : vring_avail_size(num, true)), LINE);
+	layout.tables = align(layout.used + (packed ? PACKED_EVENT_SIZE : vring_used_size(num, true)), LINE);
 	layout.size = layout.tables + (uint64_t)VRING_DESC_SIZE * num * table_entries;
 	return layout;
 }
 
-static void set_fault(struct vq_driver *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
+static void split_start(struct vq_driver *vq)
 {
-	vq->fault = (struct vq_fault){ .code = code, .where = where, .value = value };
-}
+	uint8_t *area = vq->config.area;
+	uint16_t base = (uint16_t)vq->config.base;
 
-static bool sound(struct vq_driver *vq)
-{
-	uint64_t now = guard_events();
-
-	if (now != vq->guard_seen) {
-		vq->guard_seen = now;
-		if (guard_poisoned_range(vq->config.area, vq->layout.size))
-			set_fault(vq, VQ_POISONED, 0, 0);
-	}
-	return vq->fault.code == VQ_OK;
+	vq->added = vq->published = vq->last_used = base;
+	vq->ring = (struct vring){ .desc = (void *)(area + vq->layout.desc),
+				   .avail = (void *)(area + vq->layout.avail),
+				   .used = (void *)(area + vq->layout.used),
+				   .num = vq->config.num };
+	ring16_store(avail_idx(&vq->ring), base, memory_order_relaxed);
+	ring16_store(used_idx(&vq->ring), base, memory_order_relaxed);
+	if (vq->config.event_idx)
+		ring16_store(used_event(&vq->ring), base, memory_order_relaxed);
 }
 
 int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 {
-	uint8_t *area = config->area;
-
 	memset(vq, 0, sizeof(*vq));
-	if (!vring_num_valid(config->num) || config->table_entries > VQ_INDIRECT_MAX ||
-	    (uintptr_t)area % VRING_DESC_ALIGN || config->iova % VRING_DESC_ALIGN || !area)
+	if (!vq_num_valid(config->num, config->packed) || !vq_base_valid(config->num, config->base, config->packed) ||
+	    (config->packed && config->base >> 16 != (uint16_t)config->base) ||
+	    config->table_entries > VQ_INDIRECT_MAX || (uintptr_t)config->area % VRING_DESC_ALIGN ||
+	    config->iova % VRING_DESC_ALIGN || !config->area)
 		return -EINVAL;
 	vq->config = *config;
-	vq->layout = vq_layout(config->num, config->table_entries);
+	vq->layout = vq_layout(config->num, config->table_entries, config->packed);
 	vq->slots = calloc(config->num, sizeof(*vq->slots));
 	if (!vq->slots)
 		return -ENOMEM;
 	for (uint32_t i = 0; i < config->num; i++)
 		vq->slots[i].next = (uint16_t)(i + 1);
 	vq->free = config->num;
-	vq->added = vq->published = vq->last_used = config->base;
-	vq->ring = (struct vring){ .desc = (void *)(area + vq->layout.desc),
-				   .avail = (void *)(area + vq->layout.avail),
-				   .used = (void *)(area + vq->layout.used),
-				   .num = config->num };
-	memset(area, 0, vq->layout.size);
-	ring16_store(avail_idx(&vq->ring), config->base, memory_order_relaxed);
-	ring16_store(used_idx(&vq->ring), config->base, memory_order_relaxed);
-	if (config->event_idx)
-		ring16_store(used_event(&vq->ring), config->base, memory_order_relaxed);
-	(void)sound(vq);
+	memset(config->area, 0, vq->layout.size);
+	if (config->packed)
+		packed_driver_start(vq);
+	else
+		split_start(vq);
+	(void)driver_sound(vq);
 	return 0;
 }
 
@@ -91,7 +82,7 @@ static struct vring_desc_value describe(const struct vq_buffer *buffer, bool wri
 /* Fills the table that belongs to a head; that head's descriptor then stands for the whole chain. */
 static void add_table(struct vq_driver *vq, uint16_t head, const struct vq_buffer *buffers, size_t readable, size_t count)
 {
-	uint64_t offset = vq->layout.tables + (uint64_t)VRING_DESC_SIZE * head * vq->config.table_entries;
+	uint64_t offset = driver_table(vq, head);
 	_Atomic uint64_t *table = (void *)((uint8_t *)vq->config.area + offset);
 
 	for (size_t i = 0; i < count; i++)
@@ -105,25 +96,16 @@ static void add_table(struct vq_driver *vq, uint16_t head, const struct vq_buffe
 int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
 {
 	size_t count = readable + writable;
-	bool indirect = count > 1 && count <= vq->config.table_entries;
-	uint16_t needed = indirect ? 1 : (uint16_t)count, head = vq->free_head, last = head;
-	uint64_t bytes = 0, total = 0;
+	uint16_t needed, head = vq->free_head, last = head;
+	uint64_t bytes;
+	int error;
 
-	if (vq->fault.code != VQ_OK)
-		return -EPROTO;
-	if (count == 0 || (!indirect && count > vq->ring.num))
-		return -EINVAL;
-	for (size_t i = 0; i < count; i++) {
-		if (buffers[i].length == 0)
-			return -EINVAL;
-		total += buffers[i].length;
-		bytes += i < readable ? 0 : buffers[i].length;
-	}
-	if (total > UINT64_C(1) << 32) /* virtio 1.2, 2.7.5.2 */
-		return -EINVAL;
-	if (needed > vq->free)
-		return -ENOSPC;
-	if (indirect) {
+	if (vq->config.packed)
+		return packed_driver_add(vq, buffers, readable, writable, token);
+	error = driver_admit(vq, buffers, readable, count, &needed, &bytes);
+	if (error)
+		return error;
+	if (needed < count) {
 		add_table(vq, head, buffers, readable, count);
 	} else {
 		for (size_t i = 0; i < count; i++) {
@@ -135,14 +117,8 @@ int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t 
 		}
 	}
 	vq->free_head = vq->slots[last].next;
-	vq->free -= needed;
-	vq->slots[head].token = token;
-	vq->slots[head].writable = bytes;
-	vq->slots[head].count = needed;
-	vq->slots[head].position = vq->added;
 	ring16_store(avail_slot(&vq->ring, vq->added), head, memory_order_relaxed);
-	vq->added++;
-	vq->in_flight++;
+	driver_post(vq, head, needed, bytes, token);
 	return head;
 }
 
@@ -151,7 +127,9 @@ int vq_driver_publish(struct vq_driver *vq)
 	uint16_t before = vq->published, event;
 	bool due;
 
-	if (!sound(vq))
+	if (vq->config.packed)
+		return packed_driver_publish(vq);
+	if (!driver_sound(vq))
 		return -EPROTO;
 	if (vq->added == before)
 		return 0;
@@ -166,7 +144,7 @@ int vq_driver_publish(struct vq_driver *vq)
 	} else {
 		due = !(ring16_load(used_flags(&vq->ring), memory_order_relaxed) & RING_NO_NOTIFY);
 	}
-	return sound(vq) ? due : -EPROTO;
+	return driver_sound(vq) ? due : -EPROTO;
 }
 
 /* Completions that wait; 0 with a fault when the index is impossible. */
@@ -177,31 +155,10 @@ static uint16_t waiting(struct vq_driver *vq)
 	uint16_t count = (uint16_t)(now - vq->last_used);
 
 	if (count > (uint16_t)(vq->published - vq->last_used)) {
-		set_fault(vq, VQ_USED_JUMP, vq->last_used, now);
+		driver_fault(vq, VQ_USED_JUMP, vq->last_used, now);
 		return 0;
 	}
 	return count;
-}
-
-/* The slot a used entry completes, or NULL with a fault. */
-static struct vq_driver_slot *check_used(struct vq_driver *vq, uint32_t id, uint32_t written)
-{
-	struct vq_driver_slot *slot;
-
-	if (id >= vq->ring.num) {
-		set_fault(vq, VQ_USED_ID, vq->last_used, id);
-		return NULL;
-	}
-	slot = &vq->slots[id];
-	if (slot->count == 0 || (uint16_t)(vq->published - slot->position - 1) >= VRING_MAX_NUM) {
-		set_fault(vq, VQ_USED_NOT_POSTED, vq->last_used, id);
-		return NULL;
-	}
-	if (written > slot->writable) {
-		set_fault(vq, VQ_USED_LENGTH, id, written);
-		return NULL;
-	}
-	return slot;
 }
 
 size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
@@ -209,6 +166,8 @@ size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 	size_t count = 0;
 	uint16_t ready;
 
+	if (vq->config.packed)
+		return packed_driver_reap(vq, done, limit);
 	if (vq->fault.code != VQ_OK)
 		return 0;
 	ready = waiting(vq);
@@ -216,22 +175,18 @@ size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 		_Atomic uint32_t *entry = used_slot(&vq->ring, vq->last_used);
 		uint32_t id = le32toh(atomic_load_explicit(&entry[0], memory_order_relaxed));
 		uint32_t written = le32toh(atomic_load_explicit(&entry[1], memory_order_relaxed));
-		struct vq_driver_slot *slot = check_used(vq, id, written);
+		struct vq_driver_slot *slot = driver_check_used(vq, vq->last_used, id, written);
 		uint16_t last = (uint16_t)id;
 
 		if (!slot)
 			break;
 		for (uint16_t i = 1; i < slot->count; i++)
 			last = vq->slots[last].next;
-		vq->slots[last].next = vq->free_head;
-		vq->free_head = (uint16_t)id;
-		vq->free += slot->count;
-		slot->count = 0;
+		driver_release(vq, (uint16_t)id, last);
 		done[count++] = (struct vq_done){ .token = slot->token, .written = written, .head = (uint16_t)id };
 		vq->last_used++;
-		vq->in_flight--;
 	}
-	(void)sound(vq);
+	(void)driver_sound(vq);
 	return count;
 }
 
@@ -239,7 +194,9 @@ int vq_driver_enable_call(struct vq_driver *vq)
 {
 	int more;
 
-	if (!sound(vq))
+	if (vq->config.packed)
+		return packed_driver_enable_call(vq);
+	if (!driver_sound(vq))
 		return -EPROTO;
 	ring16_store(avail_flags(&vq->ring), 0, memory_order_relaxed);
 	if (vq->config.event_idx)
@@ -247,12 +204,16 @@ int vq_driver_enable_call(struct vq_driver *vq)
 	/* pair [D]: full fence, the wish is stored before used->idx is read again. virtio 1.2, 2.7.7.1 */
 	atomic_thread_fence(memory_order_seq_cst);
 	more = waiting(vq) != 0;
-	return sound(vq) ? more : -EPROTO;
+	return driver_sound(vq) ? more : -EPROTO;
 }
 
 void vq_driver_disable_call(struct vq_driver *vq)
 {
-	if (!sound(vq))
+	if (vq->config.packed) {
+		packed_driver_disable_call(vq);
+		return;
+	}
+	if (!driver_sound(vq))
 		return;
 	if (vq->config.event_idx) /* an index just passed comes again after 65535 more */
 		ring16_store(used_event(&vq->ring), (uint16_t)(vq->last_used - 1), memory_order_relaxed);

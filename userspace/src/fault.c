@@ -52,15 +52,26 @@ int vq_fault_describe(const struct vq_fault *fault, char *text, size_t size)
 				value);
 	case VQ_RING_UNMAPPED:
 		return snprintf(text, size, "ring at IOVA 0x%" PRIx64 " is no longer mapped", value);
+	case VQ_CHAIN_PARTIAL:
+		return snprintf(text, size, "chain at descriptor %u: descriptor %" PRIu64
+				" was not made available before the first one", where, value);
+	case VQ_ID_RANGE:
+		return snprintf(text, size, "chain at descriptor %u carries id %" PRIu64 ", outside the ring", where, value);
+	case VQ_ID_BUSY:
+		return snprintf(text, size, "chain at descriptor %u carries id %" PRIu64 ", which is still in flight", where,
+				value);
+	case VQ_RING_OVERRUN:
+		return snprintf(text, size, "chain at descriptor %u overruns the ring: %" PRIu64
+				" descriptors would be in flight", where, value);
 	case VQ_USED_JUMP:
 		return snprintf(text, size, "used index jumped from %u to %" PRIu64 ", more than is in flight", where, value);
 	case VQ_USED_ID:
-		return snprintf(text, size, "used entry %u names descriptor %" PRIu64 ", outside the ring", where, value);
+		return snprintf(text, size, "used entry %u carries id %" PRIu64 ", outside the ring", where, value);
 	case VQ_USED_NOT_POSTED:
-		return snprintf(text, size, "used entry %u names descriptor %" PRIu64 ", which starts no posted chain", where,
+		return snprintf(text, size, "used entry %u carries id %" PRIu64 ", which starts no posted chain", where,
 				value);
 	case VQ_USED_LENGTH:
-		return snprintf(text, size, "chain at descriptor %u: device claims %" PRIu64
+		return snprintf(text, size, "chain %u: device claims %" PRIu64
 				" bytes written, more than are writable", where, value);
 	case VQ_POISONED:
 		return snprintf(text, size, "shared memory was truncated by its owner");

@@ -41,19 +41,19 @@ int main(void)
 {
 	static struct bench b;
 
-	for (int mode = 0; mode < 4; mode++) {
+	for (int mode = 0; mode < 8; mode++) {
 		for (size_t buffers = 1; buffers <= 3; buffers += 2) {
 			for (size_t batch = 1; batch <= 32; batch *= 32) {
 				double best = 1e9;
 
-				bench_open(&b, NUM, mode & 2 ? 4 : 0, mode & 1, 0);
+				bench_open(&b, NUM, mode & 2 ? 4 : 0, mode & 1, base_at(0, NUM, mode & 4), mode & 4);
 				for (int i = 0; i < RUNS; i++) {
 					double once = run(&b, buffers, batch);
 
 					best = once < best ? once : best;
 				}
-				printf("%-9s %-8s chain of %zu, batch %2zu: %6.2f ns\n", mode & 1 ? "event_idx" : "flags",
-				       mode & 2 ? "indirect" : "direct", buffers, batch, best);
+				printf("%-6s %-9s %-8s chain of %zu, batch %2zu: %6.2f ns\n", mode & 4 ? "packed" : "split",
+				       mode & 1 ? "event_idx" : "flags", mode & 2 ? "indirect" : "direct", buffers, batch, best);
 				bench_close(&b);
 			}
 		}

@@ -47,9 +47,10 @@ struct bench {
 	struct iova_pieces pieces;
 };
 
-static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entries, bool event_idx, uint16_t base)
+static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entries, bool event_idx, uint32_t base,
+			      bool packed)
 {
-	struct vq_layout layout = vq_layout(num, table_entries);
+	struct vq_layout layout = vq_layout(num, table_entries, packed);
 
 	memset(b, 0, sizeof(*b));
 	b->area = aligned_alloc(64, (layout.size + 63) / 64 * 64);
@@ -65,7 +66,8 @@ static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entr
 								     .num = num,
 								     .table_entries = table_entries,
 								     .base = base,
-								     .event_idx = event_idx }) == 0);
+								     .event_idx = event_idx,
+								     .packed = packed }) == 0);
 	CHECK(vq_device_init(&b->device, &(struct vq_device_config){ .map = &b->map,
 								     .desc = RING_IOVA + layout.desc,
 								     .avail = RING_IOVA + layout.avail,
@@ -73,7 +75,16 @@ static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entr
 								     .num = num,
 								     .base = base,
 								     .event_idx = event_idx,
-								     .indirect = true }) == 0);
+								     .indirect = true,
+								     .packed = packed }) == 0);
+}
+
+/* A base that is valid for both ends: any 16-bit index, or any place in a packed ring, the same for both cursors. */
+static inline uint32_t base_at(uint16_t index, uint32_t num, bool packed)
+{
+	uint32_t cursor = index % num | (index & CURSOR_WRAP);
+
+	return packed ? cursor << 16 | cursor : index;
 }
 
 static inline void bench_close(struct bench *b)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * The two store-load races of a virtqueue, run head to head: a publish against a re-arm ([B]), a push against a re-arm
- * ([D]). Either side alone may miss the other; both missing each other is a lost notification. Without the full fences
+ * The two store-load races of a virtqueue, run head to head: a publish against a re-arm ([B], packed [F]), a push against
+ * a re-arm ([D], packed [H]). Either side alone may miss the other; both missing each other is a lost notification. Without the full fences
  * x86 does that within these rounds.
  */
 #include <pthread.h>
@@ -88,10 +88,10 @@ static void *device_end(void *unused)
 
 int main(void)
 {
-	for (int event_idx = 0; event_idx < 2; event_idx++) {
+	for (int mode = 0; mode < 4; mode++) {
 		pthread_t driver, device;
 
-		bench_open(&b, 8, 0, event_idx, 0);
+		bench_open(&b, 8, 0, mode & 1, base_at(0x8000, 8, mode & 2), mode & 2);
 		atomic_store(&arrived, 0);
 		CHECK(pthread_create(&device, NULL, device_end, NULL) == 0);
 		CHECK(pthread_create(&driver, NULL, driver_end, NULL) == 0);

@@ -52,9 +52,10 @@ static void rules(void)
 }
 
 /* The area of a driver's ring lives in a file of its own; it is cut under a queue at work. */
-static void shrunk_ring(void)
+static void shrunk_ring(bool packed)
 {
-	struct vq_layout layout = vq_layout(64, 0);
+	struct vq_layout layout = vq_layout(64, 0, packed);
+	uint32_t base = packed ? VQ_PACKED_START : 0;
 	struct iova_map map;
 	struct vq_driver driver;
 	struct vq_device device;
@@ -70,12 +71,17 @@ static void shrunk_ring(void)
 	CHECK(guard_add(memory, SIZE) == 0);
 	iova_map_init(&map);
 	CHECK(iova_map_add(&map, 0, SIZE, memory, IOVA_RW) == 0);
-	CHECK(vq_driver_init(&driver, &(struct vq_driver_config){ .area = memory, .num = 64 }) == 0);
+	CHECK(vq_driver_init(&driver, &(struct vq_driver_config){ .area = memory,
+								  .num = 64,
+								  .base = base,
+								  .packed = packed }) == 0);
 	CHECK(vq_device_init(&device, &(struct vq_device_config){ .map = &map,
 								  .desc = layout.desc,
 								  .avail = layout.avail,
 								  .used = layout.used,
-								  .num = 64 }) == 0);
+								  .num = 64,
+								  .base = base,
+								  .packed = packed }) == 0);
 	CHECK(vq_driver_add(&driver, &(struct vq_buffer){ 8192, 512 }, 1, 0, 7) == 0 && vq_driver_publish(&driver) == 1);
 	CHECK(vq_device_pop(&device, &chain, 1, &pieces) == 1 && !iova_map_poisoned(&map));
 	CHECK(ftruncate(fd, 0) == 0);
@@ -221,7 +227,8 @@ int main(void)
 {
 	others(); /* first: the children start without our handler */
 	rules();
-	shrunk_ring();
+	shrunk_ring(false);
+	shrunk_ring(true);
 	many();
 	threads();
 	others(); /* and again with it installed before theirs */

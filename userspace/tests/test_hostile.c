@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * The other side does what it must not. First every fault by name, then seeded corruption of everything it can write:
+ * The other side of a split ring does what it must not. First every fault by name, then seeded corruption of everything it can write:
  * whatever comes out, pieces stay inside mapped memory and completions name chains that were posted, once each.
  */
 #include <errno.h>
@@ -42,7 +42,7 @@ static void expect(enum vq_fault_code code, uint32_t where, uint64_t value)
 	CHECK(bench_pop(&b, chains, NUM) == 0 && b.pieces.used == 0);
 	CHECK(vq_device_push(&b.device, NULL, 0) == -EPROTO && vq_device_enable_kick(&b.device) == -EPROTO);
 	bench_close(&b);
-	bench_open(&b, NUM, 4, false, 0);
+	bench_open(&b, NUM, 4, false, 0, false);
 }
 
 static void driver_faults(void)
@@ -154,7 +154,7 @@ static void unusual_but_legal(void)
 	raw_post(3);
 	CHECK(bench_pop(&b, chains, NUM) == 1 && chains[0].readable == 5 && chains[0].writable == 6);
 	bench_close(&b);
-	bench_open(&b, NUM, 4, false, 0);
+	bench_open(&b, NUM, 4, false, 0, false);
 }
 
 static void expect_driver(enum vq_fault_code code, uint32_t where, uint64_t value)
@@ -168,7 +168,7 @@ static void expect_driver(enum vq_fault_code code, uint32_t where, uint64_t valu
 	CHECK(vq_driver_publish(&b.driver) == -EPROTO && vq_driver_enable_call(&b.driver) == -EPROTO);
 	CHECK(vq_driver_add(&b.driver, &(struct vq_buffer){ DATA_IOVA, 8 }, 1, 0, 0) == -EPROTO);
 	bench_close(&b);
-	bench_open(&b, NUM, 4, false, 0);
+	bench_open(&b, NUM, 4, false, 0, false);
 	for (int i = 0; i < 2; i++) {
 		struct vq_buffer pair[2] = { { DATA_IOVA, 8 }, { DATA_IOVA + 64, 8 } };
 
@@ -204,7 +204,7 @@ static void device_faults(void)
 	raw_used(0, 9, 1);
 	expect_driver(VQ_USED_LENGTH, 0, 9);
 	bench_close(&b);
-	bench_open(&b, NUM, 4, false, 0);
+	bench_open(&b, NUM, 4, false, 0, false);
 }
 
 static bool inside(const struct iovec *iov, const uint8_t *start, size_t size)
@@ -269,7 +269,7 @@ static enum vq_fault_code chaos(uint64_t seed, bool from_driver)
 {
 	bool posted[NUM] = { false };
 
-	bench_open(&b, NUM, 4, seed & 1, (uint16_t)next_random(&seed));
+	bench_open(&b, NUM, 4, seed & 1, (uint16_t)next_random(&seed), false);
 	for (int round = 0; round < 40; round++) {
 		struct vq_buffer buffers[4];
 		struct vq_chain chains[NUM];
@@ -317,7 +317,7 @@ int main(void)
 {
 	unsigned int reached[VQ_POISONED + 1] = { 0 };
 
-	bench_open(&b, NUM, 4, false, 0);
+	bench_open(&b, NUM, 4, false, 0, false);
 	driver_faults();
 	head_twice();
 	unusual_but_legal();

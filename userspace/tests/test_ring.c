@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-/* Both ends on one ring, one thread: data, tokens, index wrap-around and every notification decision. */
+/* Both ends on one ring of either format, one thread: data, tokens, index wrap-around, notification decisions. */
 #include <errno.h>
 
 #include "test.h"
 
 /* A long run past the 16-bit indices: random chains, completed out of order, all data and tokens checked. */
-static void long_run(uint64_t seed, uint32_t num, uint32_t table_entries, bool event_idx)
+static void long_run(uint64_t seed, uint32_t num, uint32_t table_entries, bool event_idx, bool packed)
 {
 	enum { MOST = 8 };
 	static struct bench b;
@@ -15,7 +15,7 @@ static void long_run(uint64_t seed, uint32_t num, uint32_t table_entries, bool e
 	uint64_t added = 0, reaped = 0;
 	uint8_t seen[64] = { 0 };
 
-	bench_open(&b, num, table_entries, event_idx, (uint16_t)next_random(&seed));
+	bench_open(&b, num, table_entries, event_idx, base_at((uint16_t)next_random(&seed), num, packed), packed);
 	while (reaped < 70000) {
 		uint32_t most = num < MOST ? num : MOST;
 		struct vq_buffer buffers[MOST];
@@ -93,12 +93,12 @@ static int serve(struct bench *b)
 	return vq_device_push(&b->device, &(struct vq_used){ 8, chain.head }, 1);
 }
 
-static void notifications(bool event_idx)
+static void notifications(bool event_idx, bool packed)
 {
 	static struct bench b;
 	struct vq_done done[8];
 
-	bench_open(&b, 8, 0, event_idx, 65534);
+	bench_open(&b, 8, 0, event_idx, base_at(65534, 8, packed), packed);
 	CHECK(vq_driver_publish(&b.driver) == 0); /* nothing added: nothing to kick for */
 	CHECK(post(&b) == 1); /* a fresh device is armed */
 	CHECK(post(&b) == !event_idx); /* the event was passed once; flags ask every time */
@@ -119,7 +119,7 @@ static void notifications(bool event_idx)
 	bench_close(&b);
 }
 
-static void limits(void)
+static void limits(bool packed)
 {
 	static struct bench b;
 	struct vq_buffer buffers[9], big[2] = { { DATA_IOVA, UINT32_MAX }, { DATA_IOVA, 2 } };
@@ -127,7 +127,7 @@ static void limits(void)
 
 	for (size_t i = 0; i < 9; i++)
 		buffers[i] = (struct vq_buffer){ DATA_IOVA + i * 16, 16 };
-	bench_open(&b, 8, 0, false, 0);
+	bench_open(&b, 8, 0, false, base_at(0, 8, packed), packed);
 	CHECK(vq_driver_add(&b.driver, buffers, 0, 0, 0) == -EINVAL);
 	CHECK(vq_driver_add(&b.driver, buffers, 9, 0, 0) == -EINVAL);
 	CHECK(vq_driver_add(&b.driver, big, 1, 1, 0) == -EINVAL);
@@ -137,11 +137,11 @@ static void limits(void)
 	CHECK(vq_driver_publish(&b.driver) == 1);
 	CHECK(bench_pop(&b, chains, 8) == 1 && chains[0].readable == 64 && chains[0].writable == 64);
 	CHECK(vq_device_push(&b.device, (struct vq_used[]){ { 0, chains[0].head }, { 0, chains[0].head } }, 2) == -EINVAL);
-	CHECK(b.device.used_idx == 1 && b.device.in_flight == 0);
+	CHECK(b.device.used_idx == (packed ? CURSOR_WRAP : 1) && b.device.in_flight == 0);
 	bench_close(&b);
 
 	/* One descriptor per chain, tables longer than the ring, and pieces that fill up: the rest stays for the next pop. */
-	bench_open(&b, 4, 9, false, 0);
+	bench_open(&b, 4, 9, false, base_at(0, 4, packed), packed);
 	for (int i = 0; i < 4; i++)
 		CHECK(vq_driver_add(&b.driver, buffers, 5, 4, 0) >= 0);
 	CHECK(vq_driver_publish(&b.driver) == 1);
@@ -152,14 +152,14 @@ static void limits(void)
 }
 
 /* The ring's memory moves to another place, then goes away. */
-static void remapped(void)
+static void remapped(bool packed)
 {
 	static struct bench b;
-	struct vq_layout layout = vq_layout(8, 0);
+	struct vq_layout layout = vq_layout(8, 0, packed);
 	struct vq_chain chain;
 	uint8_t *elsewhere = malloc(layout.size);
 
-	bench_open(&b, 8, 0, true, 0);
+	bench_open(&b, 8, 0, true, base_at(0, 8, packed), packed);
 	CHECK(post(&b) == 1);
 	memcpy(elsewhere, b.area, layout.size);
 	CHECK(iova_map_remove(&b.map, RING_IOVA, layout.size) == 1);
@@ -225,15 +225,21 @@ static void refused(void)
 
 int main(void)
 {
-	for (int mode = 0; mode < 2; mode++) {
-		long_run(11, 64, 0, mode);
-		long_run(12, 8, 0, mode);
-		long_run(13, 16, 8, mode);
-		long_run(14, 1, 4, mode);
-		notifications(mode);
+	for (int mode = 0; mode < 4; mode++) {
+		long_run(11, 64, 0, mode & 1, mode & 2);
+		long_run(12, 8, 0, mode & 1, mode & 2);
+		long_run(13, 16, 8, mode & 1, mode & 2);
+		long_run(14, 1, 4, mode & 1, mode & 2);
+		notifications(mode & 1, mode & 2);
 	}
-	limits();
-	remapped();
+	for (int event_idx = 0; event_idx < 2; event_idx++) { /* sizes that a packed ring alone may have */
+		long_run(15, 7, 0, event_idx, true);
+		long_run(16, 48, 8, event_idx, true);
+	}
+	for (int packed = 0; packed < 2; packed++) {
+		limits(packed);
+		remapped(packed);
+	}
 	refused();
 	return 0;
 }

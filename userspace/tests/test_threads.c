@@ -164,11 +164,11 @@ static void *driver_end(void *unused)
 	return NULL;
 }
 
-static void run(bool event_idx, bool indirect)
+static void run(bool event_idx, bool indirect, bool packed)
 {
 	pthread_t driver, device;
 
-	bench_open(&b, NUM, indirect ? 3 : 0, event_idx, 65000);
+	bench_open(&b, NUM, indirect ? 3 : 0, event_idx, base_at(65000, NUM, packed), packed);
 	kick = eventfd(0, EFD_CLOEXEC);
 	call = eventfd(0, EFD_CLOEXEC);
 	kicks = calls = 0;
@@ -178,15 +178,15 @@ static void run(bool event_idx, bool indirect)
 	CHECK(pthread_join(driver, NULL) == 0 && pthread_join(device, NULL) == 0);
 	CHECK(b.driver.in_flight == 0 && b.device.in_flight == 0 && b.driver.free == NUM);
 	CHECK(kicks > 0 && calls > 0 && kicks <= CHAINS && calls <= CHAINS);
-	printf("%s%s: %d chains, %u kicks, %u calls\n", event_idx ? "event_idx" : "flags", indirect ? " indirect" : "",
-	       CHAINS, kicks, calls);
+	printf("%s %s%s: %d chains, %u kicks, %u calls\n", packed ? "packed" : "split", event_idx ? "event_idx" : "flags",
+	       indirect ? " indirect" : "", CHAINS, kicks, calls);
 	CHECK(close(kick) == 0 && close(call) == 0);
 	bench_close(&b);
 }
 
 int main(void)
 {
-	for (int mode = 0; mode < 4; mode++)
-		run(mode & 1, mode & 2);
+	for (int mode = 0; mode < 8; mode++)
+		run(mode & 1, mode & 2, mode & 4);
 	return 0;
 }

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+/*
+ * packed: the packed ring's memory (virtio 1.2, 2.8), shared by the driver's and the device's end.
+ *
+ * Rule: as in vring.h, one atomic access of the field's size, little-endian; ordering is the callers' business.
+ * A cursor is a place in the ring and its lap: position in bits 0-14, wrap counter in bit 15. Event structures and
+ * vring bases have the same form.
+ */
+#ifndef VDPA_BRIDGE_PACKED_H
+#define VDPA_BRIDGE_PACKED_H
+
+#include "vring.h"
+
+/* A descriptor's flags beside DESC_*, virtio 1.2, 2.8.1. */
+enum { PACKED_AVAIL = 1 << 7, PACKED_USED = 1 << 15 };
+
+/* Values of an event structure's flags, virtio 1.2, 2.8.10; 3 is reserved. */
+enum { EVENT_ENABLE, EVENT_DISABLE, EVENT_DESC };
+
+enum { CURSOR_POSITION = 0x7fff, CURSOR_WRAP = 0x8000 };
+
+enum { PACKED_EVENT_SIZE = 4, PACKED_EVENT_ALIGN = 4 }; /* virtio 1.2, 2.8.10.1 */
+
+struct packed_desc {
+	_Atomic uint64_t address;
+	_Atomic uint32_t length;
+	_Atomic uint16_t id;
+	_Atomic uint16_t flags;
+};
+
+_Static_assert(sizeof(struct packed_desc) == VRING_DESC_SIZE, "virtio 1.2, 2.8.13");
+
+struct packed_ring {
+	struct packed_desc *desc;
+	_Atomic uint32_t *driver_event; /* written by the driver: when it wants calls */
+	_Atomic uint32_t *device_event; /* written by the device: when it wants kicks */
+	uint32_t num; /* not always a power of 2 */
+};
+
+static inline bool packed_num_valid(uint32_t num)
+{
+	return num && num <= VRING_MAX_NUM;
+}
+
+static inline uint16_t cursor_position(uint16_t cursor)
+{
+	return cursor & CURSOR_POSITION;
+}
+
+/* `count` is at most `num`. */
+static inline uint16_t cursor_advance(uint16_t cursor, uint32_t count, uint32_t num)
+{
+	uint32_t position = cursor_position(cursor) + count;
+
+	if (position < num)
+		return (uint16_t)((cursor & CURSOR_WRAP) | position);
+	return (uint16_t)((~cursor & CURSOR_WRAP) | (position - num));
+}
+
+static inline struct packed_desc *packed_at(const struct packed_ring *ring, uint16_t cursor)
+{
+	return &ring->desc[cursor_position(cursor)];
+}
+
+/* What marks a descriptor as available, and as used, on a cursor's lap. */
+static inline uint16_t available_mark(uint16_t cursor)
+{
+	return cursor & CURSOR_WRAP ? PACKED_AVAIL : PACKED_USED;
+}
+
+static inline uint16_t used_mark(uint16_t cursor)
+{
+	return cursor & CURSOR_WRAP ? PACKED_AVAIL | PACKED_USED : 0;
+}
+
+static inline bool marked(uint16_t flags, uint16_t mark)
+{
+	return (flags & (PACKED_AVAIL | PACKED_USED)) == mark;
+}
+
+static inline uint32_t event_value(uint32_t flags, uint16_t cursor)
+{
+	return flags << 16 | cursor;
+}
+
+/* Offset, wrap counter and flags by one access, so that they belong together. */
+static inline uint32_t event_load(_Atomic uint32_t *event)
+{
+	return le32toh(atomic_load_explicit(event, memory_order_relaxed));
+}
+
+static inline void event_store(_Atomic uint32_t *event, uint32_t value)
+{
+	atomic_store_explicit(event, htole32(value), memory_order_relaxed);
+}
+
+/*
+ * Whether an event structure asks to be told of the last `moved` descriptors, which brought the cursor to `after`:
+ * virtio 1.2, 2.8.10. EVENT_DESC without EVENT_IDX and the reserved value get an event too many rather than none.
+ */
+static inline bool event_asks(uint32_t event, uint16_t after, uint32_t moved, uint32_t num, bool event_idx)
+{
+	uint32_t flags = event >> 16 & 3, to = cursor_position(after), at = cursor_position((uint16_t)event);
+
+	if (flags != EVENT_DESC || !event_idx)
+		return flags != EVENT_DISABLE;
+	if ((event ^ after) & CURSOR_WRAP) /* on the lap before */
+		at -= num;
+	return passes_event((uint16_t)at, (uint16_t)to, (uint16_t)(to - moved));
+}
+
+#endif
