@@ -100,21 +100,21 @@ def _print(result: Comparison) -> None:
         body.append(_row(step, notes))
     head = ["step"]
     for label in result.labels:
-        head += [label if len(label) <= _LONGEST else "..." + label[3 - _LONGEST :], "time"]
+        head += [(" " if len(head) > 1 else "") + label if len(label) <= _LONGEST else "..." + label[3 - _LONGEST :], "time"]
     times = {2 + 2 * at for at in range(len(result.labels))}
-    print_table([*head, ""], body, wrap=(0,), right=times, style=_style)
+    print_table([*head, ""], body, wrap=(0,), right=times, gap=1, style=_style)
     for reasons, number in notes.items():
         for at, reason in enumerate(reasons):
             first = f"[{number}] " if not at else " " * len(f"[{number}] ")
             click.echo(textwrap.fill(reason, 158, initial_indent=first, subsequent_indent=" " * len(first)))
-    click.echo(f"\n{result.summary}; times are the median of {result.repeat} run{'s' * (result.repeat != 1)}")
+    click.echo(f"\n{result.summary}; " + ("times of one run" if result.repeat == 1 else f"times are the median of {result.repeat} runs"))
 
 
 def _row(step: Judged, notes: dict[tuple[str, ...], int]) -> list[str]:
     cells = [f"  {step.operation} {step.case}".rstrip()]
     for outcome in step.outcomes:
         value = outcome.value if len(outcome.value) <= _LONGEST else outcome.value[: _LONGEST - 3] + "..."
-        cells += [value, _time(outcome)]
+        cells += [value if len(cells) == 1 else f" {value}", _time(outcome)]
     note = f" [{notes.setdefault(step.reasons, len(notes) + 1)}]" if step.reasons else ""
     return [*cells, {"same": "same", "allowed": "allowed", "different": "DIFFERENT"}[step.verdict] + note]
 

@@ -28,9 +28,11 @@ def print_table(
     wrap: Collection[int] = (),
     style: Callable[[int, str], str] = lambda column, cell: "",
     right: Collection[int] = (),
+    gap: int = 2,
 ) -> None:
-    """Print aligned columns. Those in *wrap* may break lines, those in *right* are aligned there; *style* gives a cell its colour."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    """Print aligned columns. Those in *wrap* may break lines, those in *right* are aligned there;
+    *gap* blanks stand between columns; *style* gives a cell its colour."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     for at, name in enumerate(head):
         table.add_column(name, no_wrap=at not in wrap, overflow="fold", justify="right" if at in right else "left")
     for cells in body:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -82,7 +82,7 @@ def judge(places: Sequence[Place], table: Table, repeat: int) -> Comparison:
 
 
 def _judge(places: Sequence[Place], scenario: str, key: Key, outcomes: Sequence[Outcome]) -> Judged:
-    allowed: list[str] = []
+    allowed: dict[str, list[str]] = {}
     different: list[str] = []
     own_reason = _excuse(places[0], key, outcomes[0])
     for place, outcome in zip(places[1:], outcomes[1:], strict=True):
@@ -90,13 +90,19 @@ def _judge(places: Sequence[Place], scenario: str, key: Key, outcomes: Sequence[
             continue
         reason = _excuse(place, key, outcome)
         if reason is not None:
-            allowed.append(f"{place.label}: {reason}")
+            allowed.setdefault(reason, []).append(place.label)
         elif own_reason is not None:
-            allowed.append(f"{places[0].label}: {own_reason}")
+            allowed.setdefault(own_reason, [places[0].label])
         else:
             different.append(f"{place.label} answers {_tell(outcome)}, {places[0].label} {_tell(outcomes[0])}")
     verdict: Verdict = "different" if different else "allowed" if allowed else "same"
-    return Judged(scenario, *key, tuple(outcomes), verdict, tuple(different or _unique(allowed)))
+    return Judged(
+        scenario,
+        *key,
+        tuple(outcomes),
+        verdict,
+        tuple(different or [f"{', '.join(labels)}: {reason}" for reason, labels in allowed.items()]),
+    )
 
 
 def _excuse(place: Place, key: Key, outcome: Outcome) -> str | None:
@@ -115,7 +121,3 @@ def _excuse(place: Place, key: Key, outcome: Outcome) -> str | None:
 
 def _tell(outcome: Outcome) -> str:
     return f"{outcome.value} ({outcome.detail})" if outcome.detail and outcome.value not in (OK, NOT_REACHED) else outcome.value
-
-
-def _unique(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
