@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""``vdpa-bridge ops``: the table of operations, as text, as JSON, and as Markdown for the documentation."""
+"""``vdpa-bridge ops``: the table of operations, as text and as JSON; tools/render makes the documentation of it."""
 
 from __future__ import annotations
 
@@ -63,15 +63,6 @@ def rows(pattern: str = "") -> list[Row]:
     from ..ops import TABLE
 
     return [row(op) for op in TABLE if pattern.upper() in op.name]
-
-
-def markdown() -> str:
-    """The matrix of docs/operations.md."""
-    lines = ["| Operation | What it does | Number | Kernel | Needs | Legacy vhost-user |", "|---|---|---|---|---|---|"]
-    for r in rows():
-        legacy = f"{r.legacy}: {r.note}" if r.note else r.legacy
-        lines.append(f"| `{r.name}` | {r.doc} | `{r.number}` | {r.since} | {r.gate} | {legacy} |")
-    return "\n".join(lines)
 
 
 @click.command(

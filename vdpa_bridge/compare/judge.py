@@ -115,6 +115,8 @@ def _excuse(place: Place, key: Key, outcome: Outcome) -> str | None:
     row = documented(place.traits, operation, case)
     if row is None:
         return None
+    if row.instead is None:
+        return row.reason  # whatever it answers
     instead = errno_name(row.instead) if row.instead else OK
     return row.reason if outcome.value == instead else None
 
