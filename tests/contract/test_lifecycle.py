@@ -10,11 +10,12 @@ import pytest
 from tests.support.homes import DEVICE_IDS, Home
 from tests.support.probe import NEGOTIATED, RING_IOVA, RUNNING, Probe
 from vdpa_bridge import ops
-from vdpa_bridge.device import Device
+from vdpa_bridge.device import Device, RingSetup
 from vdpa_bridge.errors import FeatureError
 from vdpa_bridge.flags import BackendFeature as B
 from vdpa_bridge.flags import Feature, Status
-from vdpa_bridge.wire import EMPTY, U8, U64, Iova, VringAddr, VringState
+from vdpa_bridge.memory import Region
+from vdpa_bridge.wire import EMPTY, U8, U64, IotlbUpdate, Iova, VringAddr, VringState
 
 MODERN = Feature.VERSION_1 | Feature.ACCESS_PLATFORM
 
@@ -194,3 +195,41 @@ def test_negotiate_what_is_not_offered(device: Device) -> None:
     with pytest.raises(FeatureError, match="bit 41"):
         device.negotiate(0, required=1 << 41)
     assert device.get_status() == 0
+
+
+def test_map_is_all_or_nothing(device: Device) -> None:
+    device.negotiate(0)
+    with Region(Iova(RING_IOVA), 8192) as memory:
+        first = IotlbUpdate(Iova(RING_IOVA), 4096, memory.fd)
+        second = IotlbUpdate(Iova(RING_IOVA + 4096), 4096, memory.fd, 4096)
+        with pytest.raises(OSError) as refused:
+            device.map([first, second, first])
+        assert refused.value.errno == errno.EEXIST
+        device.map([first, second])
+        device.unmap([first, second])
+        device.map([memory.update()])
+        device.unmap([memory.update()])
+
+
+def test_rings_that_cannot_be_are_not_sent(device: Device) -> None:
+    device.negotiate(0)
+    limits = device.identify()
+    with pytest.raises(ValueError, match="no queue"):
+        device.start([RingSetup(limits.queues, 16, 0, 0, 0)])
+    for num in (0, 3, 2 * limits.queue_size):
+        with pytest.raises(ValueError, match=r"2\^n"):
+            device.start([RingSetup(0, num, 0, 0, 0)])
+    assert device.get_status() == NEGOTIATED
+
+
+def test_start_that_is_refused_leaves_a_device_at_rest(device: Device) -> None:
+    """Reset, and without the mappings that were to be made."""
+    device.negotiate(0)
+    with Region(Iova(RING_IOVA), 4096) as memory:
+        with pytest.raises(OSError) as refused:
+            device.start([RingSetup(0, 16, RING_IOVA, RING_IOVA + 1025, RING_IOVA + 2048)], [memory.update()])
+        assert refused.value.errno == errno.EINVAL
+        assert device.get_status() == 0
+        device.negotiate(0)
+        device.map([memory.update()])
+        device.unmap([memory.update()])

@@ -40,7 +40,8 @@ class Daemon:
         )
         end = time.monotonic() + 10
         while not self.path.exists():
-            assert self.process.poll() is None and time.monotonic() < end, "qemu-storage-daemon does not start"
+            assert self.process.poll() is None, "qemu-storage-daemon ended"
+            assert time.monotonic() < end, "qemu-storage-daemon does not start"
             time.sleep(0.02)
 
     def close(self) -> None:

@@ -25,8 +25,8 @@ class Raw:
 
     def __init__(self, path: str, timeout: float = 5.0) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(path)  # blocking: with a timeout a full backlog is an error instead of a wait
         self.sock.settimeout(timeout)
-        self.sock.connect(path)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """*data*, with *fds* beside its first byte."""

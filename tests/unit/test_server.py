@@ -6,6 +6,7 @@ After every test the server must serve a good client from first to last message,
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -434,14 +435,13 @@ def test_random_bytes(prefix: bytes, model: ModelDevice) -> None:
         @given(st.lists(st.one_of(_messages, st.binary(max_size=40)), max_size=8), st.integers(0, 3))
         def attack(messages: list[bytes], fds: int) -> None:
             fd = os.memfd_create("attack", os.MFD_CLOEXEC)
-            with Raw(path) as raw:
-                raw.send(prefix)
-                try:
+            try:
+                with Raw(path) as raw, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may hang up at any time
+                    raw.send(prefix)
                     for at, message in enumerate(messages):
                         raw.send(message or b"\0", [fd] * fds if at == 0 else ())
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # it has hung up already
-            os.close(fd)
+            finally:
+                os.close(fd)
 
         attack()
         works(connector(path, "blk", "require"))
