@@ -171,9 +171,8 @@ class LegacyService:
     def _iova(self, address: int, what: str) -> Iova:
         """The client's user address as an IOVA."""
         for held in self._regions:
-            r = held.region
-            if r.user_addr <= address < r.user_addr + r.size:
-                return Iova(address - r.user_addr + r.guest_addr)
+            if held.holds(address):
+                return Iova(address - held.region.user_addr + held.region.guest_addr)
         raise OSError(errno.EFAULT, f"{what} ring address {address:#x} lies in no memory region")
 
     def _sync(self) -> None:
@@ -223,12 +222,30 @@ class LegacyService:
             yield
             self._backend.call(ops.RESUME, EMPTY)
         else:
-            for index, ring in self._rings.items():
-                if ring.set_up:
-                    ring.base = self._backend.call(ops.GET_VRING_BASE, VringState(index, 0)).num
+            self._note_bases()
             self._reset()
             yield
             self._sync()
+
+    def _note_bases(self) -> None:
+        """Where the working rings stand; the device at rest meanwhile, if it can."""
+        if any(ring.set_up for ring in self._rings.values()) and self._backend_features & BackendFeature.SUSPEND:
+            self._backend.call(ops.SUSPEND, EMPTY)
+        for index, ring in self._rings.items():
+            if ring.set_up:
+                ring.base = self._base(index, ring)
+
+    def _base(self, index: int, ring: ClientRing) -> int:
+        """Next available index of a ring at rest. Devices that cannot tell have completed all that they took: used.idx says it."""
+        try:
+            return self._backend.call(ops.GET_VRING_BASE, VringState(index, 0)).num
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or ring.addr is None:
+                raise
+        for held in self._regions:
+            if held.holds(ring.addr.used):
+                return held.read_u16(ring.addr.used + 2)
+        raise OSError(errno.EFAULT, f"used ring address {ring.addr.used:#x} lies in no memory region")
 
     def _reset(self) -> None:
         self._running = False
@@ -287,7 +304,8 @@ class LegacyService:
         if request.value > 0xFF:
             raise ValueError(f"status {request.value:#x} is not a byte")
         if not request.value:
-            self._reset_device(message, EMPTY)
+            self._note_bases()  # QEMU 7.2 resets first and asks for the bases afterwards
+            self._reset()
         self._status = request.value
 
     def _reset_device(self, message: Frame, request: Empty) -> None:
@@ -451,7 +469,7 @@ class LegacyService:
             if with_suspend:
                 self._backend.call(ops.SUSPEND, EMPTY)
             self._backend.call(ops.SET_VRING_ENABLE, VringState(request.index, 0))
-            ring.base = self._backend.call(ops.GET_VRING_BASE, VringState(request.index, 0)).num
+            ring.base = self._base(request.index, ring)
             ring.set_up = False
             if not any(other.set_up for other in self._rings.values()):
                 self._reset()

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 
-from ..memory import PAGE
-from ..wire import IotlbUpdate, Iova, VringAddr
+from ..memory import PAGE, SharedMapping
+from ..wire import RO, IotlbUpdate, Iova, VringAddr
 from .messages import MemoryRegion
 
 
@@ -24,6 +25,22 @@ class ClientRegion:
         head = self.region.guest_addr % PAGE
         size = -(-(head + self.region.size) // PAGE) * PAGE
         return IotlbUpdate(Iova(self.region.guest_addr - head), size, self.fd, self.region.mmap_offset - head)
+
+
+    def holds(self, address: int) -> bool:
+        """Whether *address*, as the client sees it, lies in here."""
+        return self.region.user_addr <= address < self.region.user_addr + self.region.size
+
+    def read_u16(self, address: int) -> int:
+        """The two bytes at *address*, as the client sees it."""
+        update = self.update
+        at = address - self.region.user_addr + self.region.guest_addr - update.iova
+        page = at // PAGE * PAGE
+        mapping = SharedMapping(self.fd, PAGE, update.offset + page, RO)
+        try:
+            return ctypes.c_uint16.from_address(mapping.address + at - page).value
+        finally:
+            mapping.close()
 
 
 @dataclass
