@@ -86,6 +86,18 @@ class Commands(click.Group):
         sys.exit(status)
 
 
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"vdpa-bridge {version('vdpa-bridge')}")
+    except PackageNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "not installed, so it has no version (pip install .)", "vdpa-bridge") from None
+    ctx.exit()
+
+
 @click.command(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -100,6 +112,6 @@ A TARGET names a device, wherever it lives:
 \b
 Every command takes --json[=FILE] and --trace[=FILE]. VDPA_BRIDGE_DEBUG=1 adds Python's traceback to errors.""",
 )
-@click.version_option(package_name="vdpa-bridge", prog_name="vdpa-bridge")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version and exit.")
 def main() -> None:
     """vDPA devices by one set of operations, whether they live in the kernel, behind a vhost-user socket or in a process."""

@@ -7,9 +7,8 @@ import struct
 
 from ...drivers import BlkDriver, BlkRequest, NetDriver
 from ...virtio.features import BlockFeature, NetFeature
-from ...virtio.ids import device_name
 from ..record import Run
-from .traffic import AREA, borrowed, echo, frame, mac_of, pattern, rewrite, same
+from .traffic import AREA, borrowed, check_traffic, echo, frame, mac_of, pattern, rewrite, same
 
 _QUIET = 0.3
 """Seconds after which a frame is taken for dropped."""
@@ -26,7 +25,7 @@ def io(run: Run) -> None:
         with run.must("bring up", "nic", lambda: NetDriver(run.device)) as nic:
             _nic(run, nic)
     else:
-        raise ValueError(f"there is no io scenario for a {device_name(run.kind)} device; leave it out with --scenario")
+        check_traffic(run, "without a driver of its type")
 
 
 def _disk(run: Run, disk: BlkDriver) -> None:

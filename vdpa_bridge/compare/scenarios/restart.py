@@ -37,6 +37,9 @@ def restart(run: Run) -> None:
             sent = frame(nic, 200, 11)
             _cycle(run, nic, lambda: echo(nic, sent), sent)
             _suspend(run, nic, 1, lambda: echo(nic, sent), sent, ([bytes(nic.header) + sent], []))
+    else:
+        with run.must("bring up", "all queues", lambda: Driver(run.device)) as driver:
+            _cycle(run, driver, lambda: b"", b"")
     run.open("again")
     check_traffic(run, "opened again")
 
