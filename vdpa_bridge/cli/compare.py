@@ -52,7 +52,8 @@ def command(targets: tuple[str, ...], scenarios: tuple[str, ...], repeat: int, s
     """Run scenarios on each TARGET and compare every answer with that of the first one.
 
     Devices of one type can be compared, also different models of it: capacities, feature words and the like are facts
-    of a device and are not compared. Writes to the first MiB of a disk and puts back what was there. The label
+    of a device and are not compared. Writes to the first MiB of a disk and puts back what was there; expects of a
+    network device that it loops broadcasts back, as vdpa_sim_net and model:net do. The label
     vp_vdpa or qemu-storage-daemon says that the target is one, which may answer as the table of differences has it.
     Exit status 1: a difference that is not documented.
     """

@@ -13,7 +13,7 @@ from ..record import OK, Run
 BASICS = Feature.VERSION_1 | Feature.ACCESS_PLATFORM
 """Features without which there is no vDPA device."""
 BACKEND_BASICS = BackendFeature.IOTLB_MSG_V2 | BackendFeature.IOTLB_BATCH
-_LOW, _HIGH = 1 << 20, 1 << 40
+_LOW, _HIGH = 1 << 20, 1 << 36
 """IOVAs that every driver may expect to be usable."""
 
 
@@ -46,7 +46,7 @@ def bringup(run: Run) -> None:
     least = 2 if run.is_net else 1
     run.op(ops.GET_VQS_COUNT, show=lambda reply: at_least(least, reply.value), detail=lambda reply: str(reply.value))
     run.op(ops.GET_VRING_NUM, show=lambda reply: at_least(128, reply.value), detail=lambda reply: str(reply.value))
-    run.op(ops.GET_IOVA_RANGE, "1 MiB to 1 TiB", show=_range, detail=lambda reply: f"{reply.first:#x} to {reply.last:#x}")
+    run.op(ops.GET_IOVA_RANGE, "1 MiB to 64 GiB", show=_range, detail=lambda reply: f"{reply.first:#x} to {reply.last:#x}")
     run.op(ops.GET_GROUP_NUM, show=lambda reply: at_least(1, reply.value), detail=lambda reply: str(reply.value))
     run.op(ops.GET_AS_NUM, show=lambda reply: at_least(1, reply.value), detail=lambda reply: str(reply.value))
     run.op(ops.GET_STATUS, "at rest", show=lambda reply: status_text(reply.value))
