@@ -45,6 +45,7 @@ from ._virtqueue import (
 )
 
 __all__ = [
+    "PACKED_BEGIN",
     "PERM_RO",
     "PERM_RW",
     "PERM_WO",
@@ -58,6 +59,10 @@ __all__ = [
     "ring_layout",
     "unguard",
 ]
+
+
+PACKED_BEGIN = 0x80008000
+"""Base of a packed ring at its beginning: both indices 0, both wrap counters 1 (drivers/vhost/vhost.c, VHOST_SET_VRING_BASE)."""
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str 
     return got
 
 
-def test_echo_byte_for_byte(short_dir: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",packed_vq=1", ",mrg_rxbuf=0", ",packed_vq=1,mrg_rxbuf=0"])
+def test_echo_byte_for_byte(short_dir: Path, options: str) -> None:
     rng = random.Random(3)
     frames = [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(100)]
     target = Target.parse("model:net")
     path = str(short_dir / "s")
     with Server(target.open, path) as server:
-        assert bounce(path, short_dir, frames) == frames
+        assert bounce(path, short_dir, frames, options) == frames
     assert server.served == 1
     target.close()

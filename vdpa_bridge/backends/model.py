@@ -182,7 +182,7 @@ class ModelBackend(RuledBackend):
     def _get_vring_base(self, request: VringState) -> VringState:
         ring = self._ring(request.index)
         served = self._runner.rings.get(request.index)
-        return VringState(request.index, served.queue.base if served and not self._suspended else ring.base)
+        return VringState(request.index, served.queue.base if served and not self._suspended else self._base(ring))
 
     def _on_event(self, index: int, ring: Ring) -> None:
         if served := self._runner.rings.get(index):
@@ -217,6 +217,7 @@ class ModelBackend(RuledBackend):
                 base=ring.base,
                 event_idx=bool(accepted & Feature.RING_EVENT_IDX),
                 indirect=bool(accepted & Feature.RING_INDIRECT_DESC),
+                packed=bool(accepted & Feature.RING_PACKED),
             )
         except (OSError, ValueError) as error:
             self._ring_broke(index, str(error))

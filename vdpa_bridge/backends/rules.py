@@ -22,6 +22,7 @@ from ..flags import BackendFeature as B
 from ..flags import Feature, Status, without
 from ..memory import M, as_seen
 from ..ops import Op, Rep, Req
+from ..virtqueue import PACKED_BEGIN
 from ..wire import (
     EMPTY,
     U8,
@@ -37,7 +38,8 @@ from ..wire import (
 from .base import Backend
 from .hints import hint
 
-FEATURES_OK, DRIVER_OK, ACCESS_PLATFORM = int(Status.FEATURES_OK), int(Status.DRIVER_OK), int(Feature.ACCESS_PLATFORM)
+FEATURES_OK, DRIVER_OK = int(Status.FEATURES_OK), int(Status.DRIVER_OK)
+ACCESS_PLATFORM, RING_PACKED = int(Feature.ACCESS_PLATFORM), int(Feature.RING_PACKED)
 """As plain numbers: arithmetic on flag types costs more than the rest of an operation."""
 
 
@@ -52,7 +54,8 @@ class Ring:
 
     num: int
     addr: VringAddr | None = None
-    base: int = 0
+    base: int | None = None
+    """What SET_VRING_BASE said, or where the ring stopped; None for the beginning."""
     kick: EventFd | None = None
     call: EventFd | None = None
     err: EventFd | None = None
@@ -242,6 +245,17 @@ class RuledBackend(Backend):
     def _running(self) -> bool:
         return bool(self._status & DRIVER_OK) and not self._suspended
 
+    @property
+    def _packed(self) -> bool:
+        """Rings are packed: their base is two indices with their wrap counters."""
+        return bool(self._features & RING_PACKED)
+
+    def _base(self, ring: Ring) -> int:
+        """Where a ring stands that does not work."""
+        if ring.base is None:
+            return PACKED_BEGIN if self._packed else 0
+        return ring.base
+
     def _get_vring_size(self, request: VringState) -> VringState:
         ring = self._ring(request.index)
         return VringState(request.index, ring.num if self._status & DRIVER_OK else self.queue_size)
@@ -262,7 +276,7 @@ class RuledBackend(Backend):
 
     def _set_vring_base(self, request: VringState) -> None:
         ring = self._ring(request.index)
-        if request.num > 0xFFFF or self._running:
+        if (request.num > 0xFFFF and not self._packed) or self._running:
             raise refuse(errno.EINVAL)
         ring.base = request.num
 

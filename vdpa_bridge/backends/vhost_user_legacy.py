@@ -30,6 +30,7 @@ from ..vhost_user import messages as m
 from ..vhost_user.backend_channel import FrontEnd
 from ..vhost_user.connection import Connection
 from ..vhost_user.framing import NEED_REPLY, VERSION, frame
+from ..vhost_user.legacy_state import whole_base
 from ..virtio.config import config_size, min_queues
 from ..virtio.ids import DeviceId, device_name
 from ..wire import (
@@ -283,7 +284,7 @@ class VhostUserLegacy(RuledBackend):
         ring = self._ring(request.index)
         if request.index in self._started:
             raise refuse(errno.EBUSY)
-        return VringState(request.index, ring.base)
+        return VringState(request.index, self._base(ring))
 
     def _on_event(self, index: int, ring: Ring) -> None:
         if index in self._started:
@@ -327,7 +328,7 @@ class VhostUserLegacy(RuledBackend):
         if ring.addr is None:
             raise refuse(errno.EINVAL, f"queue {index} is enabled but has no address")
         self._tell(m.SET_VRING_NUM, VringState(index, ring.num).pack())
-        self._tell(m.SET_VRING_BASE, VringState(index, ring.base).pack())
+        self._tell(m.SET_VRING_BASE, VringState(index, self._base(ring)).pack())
         self._tell(m.SET_VRING_ADDR, ring.addr.pack())
         self._known[index] = ring.addr
         self._tell_event(m.SET_VRING_CALL, index, ring.call)
@@ -345,7 +346,7 @@ class VhostUserLegacy(RuledBackend):
             if self._offered & VHOST_USER_F_PROTOCOL_FEATURES and self._rings[index].enabled:
                 self._tell_enable(index, False)
             payload = self._connection.ask(m.GET_VRING_BASE.number, VringState(index, 0).pack())
-            self._rings[index].base = self._parse(VringState, payload).num & 0xFFFF
+            self._rings[index].base = whole_base(self._parse(VringState, payload).num, self._packed)
             self._started.discard(index)
 
     def _on_suspend(self) -> None:

@@ -22,7 +22,7 @@ from ..errors import DeviceBroken, FeatureError, ProtocolError
 from ..flags import BackendFeature, Feature, Status
 from ..memory import PAGE, Buffer, Region
 from ..virtio.ids import DeviceId, device_name
-from ..virtqueue import DriverQueue, RingLayout
+from ..virtqueue import PACKED_BEGIN, DriverQueue, RingLayout
 from .pool import Pool, place
 
 RING_FEATURES = Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
@@ -85,6 +85,7 @@ class Ring:
     queue: DriverQueue[Pending]
     kick: int
     call: int
+    base: int = 0
 
     def close(self) -> None:
         """The memory under the ring goes or is used anew: let go of the queue."""
@@ -100,7 +101,7 @@ class Ring:
     def setup(self) -> RingSetup:
         """The ring as the device is told about it."""
         queue = self.queue
-        return RingSetup(self.index, queue.num, queue.desc, queue.avail, queue.used, self.kick, self.call)
+        return RingSetup(self.index, queue.num, queue.desc, queue.avail, queue.used, self.kick, self.call, self.base)
 
 
 class Driver:
@@ -150,7 +151,8 @@ class Driver:
         if most < 1:
             raise ValueError(f"{self.name} takes rings of up to {limits.queue_size} entries, {queue_size} are wanted")
         self._num = 1 << most.bit_length() - 1
-        ring_size = -(-RingLayout.contiguous(self._num, self.table_entries).size // PAGE) * PAGE
+        ring_size = max(RingLayout.contiguous(self._num, self.table_entries, packed).size for packed in (False, True))
+        ring_size = -(-ring_size // PAGE) * PAGE
         pool_size = -(-pool_size // PAGE) * PAGE
         size = pool_size + ring_size * len(self._indices)
         try:
@@ -182,11 +184,12 @@ class Driver:
         event_idx = bool(self.features & Feature.RING_EVENT_IDX)
         self._indirect = bool(self.features & Feature.RING_INDIRECT_DESC)
         table = self.table_entries if self._indirect else 0
+        packed = bool(self.features & Feature.RING_PACKED)
         for index, area, (kick, call) in zip(self._indices, self._areas, self._eventfds, strict=True):
             queue: DriverQueue[Pending] = DriverQueue(
-                area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=region
+                area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=region, packed=packed
             )
-            self._rings[index] = Ring(index, queue, kick, call)
+            self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0)
         self._pool = Pool(self._pool_area)
         for fd in self._events:
             _drain(fd)

@@ -15,7 +15,9 @@ from ..flags import Feature
 from ..virtio.ids import DeviceId
 from ..virtqueue import Chain
 
-RING_FEATURES = Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
+RING_FEATURES = (
+    Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX | Feature.RING_PACKED
+)
 """What the rings under every model can do; offered with each model's own features."""
 
 

@@ -46,7 +46,7 @@ from ..wire import (
 from . import messages as m
 from .backend_channel import BackendEnd
 from .framing import REPLY_FLAGS, Frame, frame
-from .legacy_state import ClientRegion, ClientRing
+from .legacy_state import ClientRegion, ClientRing, whole_base
 from .messages import message_name
 
 _log = logging.getLogger(__name__)
@@ -405,9 +405,10 @@ class LegacyService:
         self._ring(request.index).num = request.num
 
     def _set_vring_base(self, message: Frame, request: VringState) -> None:
-        if request.num > 0xFFFF:
+        packed = bool(self._features & Feature.RING_PACKED)
+        if request.num > 0xFFFF and not packed:
             raise ValueError(f"base {request.num:#x} of a split ring has more than 16 bits")
-        self._ring(request.index).base = request.num
+        self._ring(request.index).base = whole_base(request.num, packed)
 
     def _set_vring_addr(self, message: Frame, request: VringAddr) -> None:
         if request.flags:

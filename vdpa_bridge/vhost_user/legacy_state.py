@@ -12,6 +12,16 @@ from ..wire import RO, IotlbUpdate, Iova, VringAddr
 from .messages import MemoryRegion
 
 
+def whole_base(num: int, packed: bool) -> int:
+    """The base of a ring from a peer's SET_VRING_BASE or GET_VRING_BASE.
+
+    DPDK 22.11 says of a packed ring the available half only, and means both: nothing is in flight when a ring stands.
+    """
+    if not packed:
+        return num & 0xFFFF
+    return num if num >> 16 else num << 16 | num
+
+
 @dataclass(eq=False)
 class ClientRegion:
     """A piece of the client's memory; owns its descriptor."""
