@@ -26,7 +26,7 @@ class EventFd:
             kind = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             raise OSError(errno.EBADF, f"descriptor {fd} is not open") from None
-        if "[eventfd]" not in kind:
+        if kind != "anon_inode:[eventfd]":  # files and memfds can have the word in their name
             raise OSError(errno.EINVAL, f"the descriptor is {kind}, not an eventfd")
         self.fd = os.dup(fd)
         self._lock = threading.Lock()
@@ -61,9 +61,20 @@ class EventFd:
 
 
 def kick(fd: int) -> None:
-    """Add 1 to an eventfd unless its counter is full, in which case there is an event waiting anyway."""
-    if select.select([], [fd], [], 0)[1]:
-        os.eventfd_write(fd, 1)
+    """Add 1 to an eventfd unless its counter is full, in which case there is an event waiting anyway.
+
+    Whoever shares it may fill it just now, so a thread that can be freed does the write. OSError as for ``EventFd``.
+    """
+    event = EventFd(fd)
+    try:
+        poll = select.poll()
+        poll.register(event.fd, select.POLLOUT)
+        if poll.poll(0):
+            writer = threading.Thread(target=event.signal, name="kick", daemon=True)
+            writer.start()
+            writer.join(_PATIENCE)
+    finally:
+        event.close()
 
 
 class Metronome:

@@ -36,6 +36,11 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
+def _grain(block: int) -> int:
+    """What a mapping of a file with blocks of *block* bytes is cut by: huge pages can be mapped, unmapped and replaced only as a whole."""
+    return block if block > PAGE and not block & (block - 1) else PAGE
+
+
 class SharedMapping:
     """*size* bytes of *fd* from *offset* on, mapped MAP_SHARED into this process. Does not keep the descriptor.
 
@@ -44,29 +49,38 @@ class SharedMapping:
     """
 
     def __init__(self, fd: int, size: int, offset: int = 0, perm: int = RW) -> None:
-        length = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        length = status.st_size
         if offset + size > length:
             raise OSError(errno.EINVAL, f"the descriptor holds {length:#x} bytes of memory, the mapping needs {offset + size:#x}: is it a memfd, and large enough?")
         prot = mmap.PROT_READ if perm == RO else mmap.PROT_READ | mmap.PROT_WRITE
-        address = _libc.mmap(None, size, prot, mmap.MAP_SHARED, fd, offset)
-        if address == _MAP_FAILED:
+        grain = _grain(status.st_blksize)
+        head = offset % grain
+        self._whole = -(-(head + size) // grain) * grain
+        start = _libc.mmap(None, self._whole, prot, mmap.MAP_SHARED, fd, offset - head)
+        if start == _MAP_FAILED:
             number = ctypes.get_errno()
             raise OSError(number, f"mmap of {size:#x} bytes at offset {offset:#x}: {os.strerror(number)}")
-        self.address = ProcessAddress(address)
+        self._start = start
+        self.address = ProcessAddress(start + head)
         self.size = size
-        _virtqueue.guard(address, size)
+        try:
+            _virtqueue.guard(start, self._whole)
+        except BaseException:
+            _libc.munmap(start, self._whole)
+            raise
 
     @property
     def poisoned(self) -> bool:
         """True once the memory behind the mapping went away under us."""
-        return bool(self.address) and _virtqueue.poisoned(self.address)
+        return bool(self.address) and _virtqueue.poisoned(self._start)
 
     def close(self) -> None:
         """Unmap; harmless when done before."""
         if self.address:
-            address, self.address = self.address, ProcessAddress(0)
-            _virtqueue.unguard(address)
-            _libc.munmap(address, self.size)
+            self.address = ProcessAddress(0)
+            _virtqueue.unguard(self._start)
+            _libc.munmap(self._start, self._whole)
 
 
 @dataclass(frozen=True)

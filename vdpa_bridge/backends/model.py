@@ -107,11 +107,13 @@ class ModelBackend(RuledBackend):
             if self._closed:
                 return
             self._closed = True
-            self._on_reset(keep_mappings=False)
-            self._forget()
-            if self._config_call is not None:
-                self._config_call.close()
-        self._on_close()
+            try:
+                self._on_reset(keep_mappings=False)
+            finally:
+                self._forget()
+                if self._config_call is not None:
+                    self._config_call.close()
+                self._on_close()
 
     # Life cycle --------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,11 @@ class BackendEnd:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             os.close(fd)
             raise ValueError("the descriptor is no socket")
-        self._sock = socket.socket(fileno=fd)
+        try:
+            self._sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)  # O_PATH: the name of a socket, and no way into it
+            raise
         self.event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def announce(self) -> None:

@@ -204,7 +204,11 @@ class LegacyService:
         if not self._backend.call(ops.GET_STATUS, EMPTY).value & Status.FEATURES_OK:
             raise OSError(errno.EINVAL, f"the device refuses the features {features:#x}")
         if not self._mapped:
-            self._all(self._batch([(ops.IOTLB_UPDATE, region.update) for region in self._regions]))
+            try:
+                self._all(self._batch([(ops.IOTLB_UPDATE, region.update) for region in self._regions]))
+            except OSError:  # some are mapped, and a reset may keep them: the client gets to send a better table
+                self._backend.call_many(self._batch([_gone(region) for region in self._regions]))
+                raise
             self._mapped = True
         calls: list[Call] = []
         for index, ring in ready.items():
@@ -330,9 +334,9 @@ class LegacyService:
 
     def _set_backend_req_fd(self, message: Frame, request: Empty) -> None:
         old, self._channel = self._channel, BackendEnd(message.take_fds()[0])
-        self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.event))
         if old is not None:
             old.close()
+        self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.event))
 
     # Memory ----------------------------------------------------------------------------------------------------------------
 
@@ -431,7 +435,7 @@ class LegacyService:
         self._stop(ring)
         ring.kick = fd if fd >= 0 else self._metronome.add()
         if ring.set_up:
-            self._backend.call(ops.SET_VRING_KICK, VringFile(index, fd))
+            self._backend.call(ops.SET_VRING_KICK, VringFile(index, ring.kick))
         self._sync()
 
     def _set_vring_call(self, message: Frame, request: U64) -> None:

@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 
 _CHUNK = 65536
 _ANCILLARY = socket.CMSG_SPACE(4 * MAX_FDS)
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR}
+"""What can be wrong with accept today and right tomorrow: other devices and their clients share our limits."""
+_PAUSE = 0.1
+"""Seconds before accept is tried again."""
 
 
 class Server:
@@ -74,10 +78,14 @@ class Server:
         while not self._stopping.is_set():
             try:
                 client, _ = self._listener.accept()
-            except OSError:
+            except OSError as error:
                 if self._stopping.is_set():
                     return
-                raise
+                if error.errno not in _PASSING:
+                    raise
+                _log.warning("%s: a client has to wait: %s", self.path, reason(error))
+                self._stopping.wait(_PAUSE)
+                continue
             with client:
                 self._client = client
                 if not self._stopping.is_set():
@@ -136,15 +144,17 @@ class Server:
                 session.close()
             except (OSError, ProtocolError) as error:
                 _log.warning("%s: closing the device: %s", self.path, reason(error))
+            except Exception:  # a model's reset, for one; the next client may have more luck
+                _log.exception("%s: closing the device failed", self.path)
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
         flags = socket.MSG_CMSG_CLOEXEC
         replies = b""
         while True:
-            if receiver.partial and not select.select([client], [], [], self._timeout)[0]:
+            if receiver.partial and not flags & socket.MSG_DONTWAIT and not _readable([client.fileno()], self._timeout):
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
             if session.event >= 0 and not flags & socket.MSG_DONTWAIT:
-                ready = select.select([client.fileno(), session.event], [], [])[0]
+                ready = _readable([client.fileno(), session.event])
                 if session.event in ready:
                     session.on_event()
                 if client.fileno() not in ready:
@@ -160,6 +170,8 @@ class Server:
             fds = _descriptors(ancillary) if ancillary else []
             if got & socket.MSG_CTRUNC:
                 close_all(fds)
+                if len(fds) < MAX_FDS:
+                    raise OSError(errno.EMFILE, f"descriptors were lost, {len(fds)} came: this process has no room for more (RLIMIT_NOFILE)")
                 raise RemoteProtocolError(f"more than {MAX_FDS} descriptors with one message")
             if not count:
                 close_all(fds)
@@ -167,13 +179,26 @@ class Server:
                     raise RemoteProtocolError("the client hung up in the middle of a message")
                 raise PeerClosed("the client hung up")
             receiver.feed(self._view[:count], fds)
-            while (message := receiver.next()) is not None:
-                replies += session.handle(message)
+            try:
+                while (message := receiver.next()) is not None:
+                    replies += session.handle(message)
+            except RemoteProtocolError:
+                with contextlib.suppress(RemoteProtocolError):
+                    _send(client, replies)  # what came before the wrong message has its answer
+                raise
             if (fds or receiver.partial) and len(replies) < _CHUNK:
                 flags |= socket.MSG_DONTWAIT  # a burst is cut behind each descriptor: answer it as a whole
             else:
                 _send(client, replies)
                 replies, flags = b"", socket.MSG_CMSG_CLOEXEC
+
+
+def _readable(fds: list[int], timeout: float | None = None) -> set[int]:
+    """Which of *fds* can be read without waiting, after *timeout* seconds at most. With poll: select ends at descriptor 1023."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
 
 
 def _send(client: socket.socket, data: bytes) -> None:
