@@ -23,6 +23,7 @@ import vdpa_bridge
 from vdpa_bridge import ops
 from vdpa_bridge.cli import COMMANDS, main
 
+REPO = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-m", "vdpa_bridge"]
 
 
@@ -110,6 +111,13 @@ def test_a_defect_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("ops")
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_what_the_documentation_says_of_operations_is_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPO / "tools" / "render"), "--check"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ops, show, call ---------------------------------------------------------------------------------------------------------

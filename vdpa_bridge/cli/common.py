@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ..backends.base import Backend
     from ..device import Device
 
+    IntType = click.ParamType[int]
+else:
+    IntType = click.ParamType  # generic for type checkers only, before click 8.4
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _BARE = {"--json": "--json=-", "--trace": "--trace=-"}
@@ -176,7 +180,7 @@ def opened(text: str, trace: Trace) -> Iterator[Device]:
 # Values ----------------------------------------------------------------------------------------------------------------
 
 
-class Size(click.ParamType[int]):
+class Size(IntType):
     """Bytes: ``4096``, ``0x1000``, ``64K``, ``256M``, ``1G``."""
 
     name = "size"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import Command, Output, Trace, common_options
+from .common import Command, IntType, Output, Trace, common_options
 
 if TYPE_CHECKING:
     from ..backends.base import Backend
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Mode(click.ParamType[int]):
+class Mode(IntType):
     """Permission bits in octal."""
 
     name = "octal"
