@@ -94,7 +94,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     try:
         click.echo(f"vdpa-bridge {version('vdpa-bridge')}")
     except PackageNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, "not installed, so it has no version (pip install .)", "vdpa-bridge") from None
+        click.echo("vdpa-bridge from a source tree, not installed")
     ctx.exit()
 
 
