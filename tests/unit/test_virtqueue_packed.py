@@ -26,7 +26,7 @@ DATA_OFFSET = SIZE // 2
 DATA = RING + DATA_OFFSET
 START = 0x8000_8000
 """The base of a ring on which nothing happened: both places 0, both wrap counters 1."""
-AVAIL, USED, NEXT, INDIRECT = 1 << 7, 1 << 15, 1, 4
+AVAIL, USED, NEXT, WRITE, INDIRECT = 1 << 7, 1 << 15, 1, 2, 4
 
 
 class Pair:
@@ -128,7 +128,7 @@ def test_a_batch_is_published_by_its_first_flags() -> None:
     assert pair.driver.add_many(requests) == 2
     assert pair.desc(0) == (DATA, 1, 0, 0)
     assert pair.desc(1) == (DATA + 1, 2, 1, AVAIL | NEXT)
-    assert pair.desc(2) == (DATA + 8, 4, 1, AVAIL | 2)
+    assert pair.desc(2) == (DATA + 8, 4, 1, AVAIL | WRITE)
     assert pair.device.pop_many() == []
     pair.driver.publish()
     assert pair.desc(0) == (DATA, 1, 0, AVAIL)
@@ -136,7 +136,7 @@ def test_a_batch_is_published_by_its_first_flags() -> None:
     assert (first.head, second.head) == (0, 1)
     assert pair.device.base == START | 3
     pair.device.push_many([(second, 4), (first, 0)])
-    assert pair.desc(0) == (DATA, 4, 1, AVAIL | USED | 2)
+    assert pair.desc(0) == (DATA, 4, 1, AVAIL | USED | WRITE)
     assert pair.desc(2) == (DATA + 8, 0, 0, AVAIL | USED)
     assert pair.driver.reap() == [("b", 4), ("a", 0)]
 
@@ -208,7 +208,7 @@ _FAULTS: list[tuple[list[tuple[int, int, int, int]], str]] = [
     ([(DATA, 1, 0, AVAIL | NEXT), (DATA, 1, 0, 0)], "descriptor 1 was not made available"),
     ([(DATA, 1, 0, AVAIL | NEXT)] * 16, "loops, or is longer"),
     ([(0xDEAD, 1, 0, AVAIL)], "0xdead is not mapped"),
-    ([(DATA, 1, 0, AVAIL | NEXT | 2), (DATA, 1, 0, AVAIL)], "after a writable one"),
+    ([(DATA, 1, 0, AVAIL | NEXT | WRITE), (DATA, 1, 0, AVAIL)], "after a writable one"),
     ([(DATA, 16, 0, AVAIL | NEXT | INDIRECT)], "has a next one"),
     ([(DATA, 17, 0, AVAIL | INDIRECT)], "ragged"),
     ([(0xBEEF_0000, 16, 0, AVAIL | INDIRECT)], "table at IOVA 0xbeef0000 is not mapped"),
@@ -244,13 +244,24 @@ def test_chains_before_a_fault_are_delivered() -> None:
         pair.device.push_many([(good, 0)])
 
 
+def test_a_used_length_without_write_counts_as_far_as_it_can_be_true() -> None:
+    """QEMU leaves WRITE out of used descriptors; DPDK leaves an available descriptor's length in those without it."""
+    pair = Pair()
+    for place, (length, counted) in enumerate(((4, 4), (5, 0))):
+        chain = pair.post([], [(DATA, 4)], "mine")
+        pair.device.push_many([(chain, 0)])
+        pair.poke(place, 0, length, 0, AVAIL | USED)
+        assert pair.driver.reap() == [("mine", counted)]
+    assert pair.driver.broken is None
+
+
 @pytest.mark.parametrize(
     ("number", "length", "text"), [(1, 0, "no posted chain"), (16, 0, "outside the ring"), (0, 5, "more than are writable")]
 )
 def test_hostile_device_breaks_only_its_queue(number: int, length: int, text: str) -> None:
     pair = Pair()
     pair.post([], [(DATA, 4)], "mine")
-    pair.poke(0, 0, length, number, AVAIL | USED)
+    pair.poke(0, 0, length, number, AVAIL | USED | WRITE)
     for call in (pair.driver.reap, pair.driver.publish, pair.driver.enable_call, lambda: pair.driver.add_many([([(DATA, 1)], [], 0)])):
         with pytest.raises(OSError, match=text) as caught:
             call()

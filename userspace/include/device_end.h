@@ -16,6 +16,9 @@
 /* Looks the three areas up; false with the IOVA in the fault when one is not there. */
 bool device_look_up(struct vq_device *vq);
 
+/* Copies an indirect table, so that it is read once whatever the driver does to it meanwhile. */
+bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, uint32_t length);
+
 /* The packed format of the calls in virtqueue.h. */
 size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces);
 int packed_device_push(struct vq_device *vq, const struct vq_used *done, size_t count);
@@ -45,23 +48,6 @@ static inline bool device_sound(struct vq_device *vq)
 		return true;
 	vq->guard_seen = now;
 	return !iova_map_poisoned(vq->config.map) || device_fault(vq, VQ_POISONED, 0, 0);
-}
-
-/* Copies an indirect table, so that it is read once whatever the driver does to it meanwhile. */
-static inline bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, uint32_t length)
-{
-	uint32_t most = vq->config.num > VQ_INDIRECT_MAX ? vq->config.num : VQ_INDIRECT_MAX;
-	struct iovec iov;
-	uint64_t at;
-	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
-
-	if (length == 0 || length % VRING_DESC_SIZE || length / VRING_DESC_SIZE > most)
-		return device_fault(vq, VQ_INDIRECT_SIZE, head, length);
-	if (iova_translate(vq->config.map, &vq->table_hint, address, length, IOVA_RO, &one) == 0)
-		memcpy(vq->table, iov.iov_base, length);
-	else if (iova_read(vq->config.map, address, vq->table, length))
-		return device_fault(vq, VQ_INDIRECT_UNMAPPED, head, address);
-	return true;
 }
 
 /* Appends buffer `step` to the chain; *full when its pieces do not fit. */

@@ -107,12 +107,12 @@ static inline struct vq_driver_slot *driver_check_used(struct vq_driver *vq, uin
 }
 
 /* Gives a completed chain's slot back; `last` is the end of its part of the free list. */
-static inline void driver_release(struct vq_driver *vq, uint16_t head, uint16_t last)
+static inline void driver_release(struct vq_driver *vq, struct vq_driver_slot *slot, uint16_t head, uint16_t last)
 {
 	vq->slots[last].next = vq->free_head;
 	vq->free_head = head;
-	vq->free += vq->slots[head].count;
-	vq->slots[head].count = 0;
+	vq->free += slot->count;
+	slot->count = 0;
 	vq->in_flight--;
 }
 

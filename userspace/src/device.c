@@ -106,6 +106,22 @@ static uint16_t waiting(struct vq_device *vq)
 	return count;
 }
 
+bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, uint32_t length)
+{
+	uint32_t most = vq->config.num > VQ_INDIRECT_MAX ? vq->config.num : VQ_INDIRECT_MAX;
+	struct iovec iov;
+	uint64_t at;
+	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
+
+	if (length == 0 || length % VRING_DESC_SIZE || length / VRING_DESC_SIZE > most)
+		return device_fault(vq, VQ_INDIRECT_SIZE, head, length);
+	if (iova_translate(vq->config.map, &vq->table_hint, address, length, IOVA_RO, &one) == 0)
+		memcpy(vq->table, iov.iov_base, length);
+	else if (iova_read(vq->config.map, address, vq->table, length))
+		return device_fault(vq, VQ_INDIRECT_UNMAPPED, head, address);
+	return true;
+}
+
 /* Reads every descriptor of a chain once. False: a fault is set, or *full. */
 static bool walk(struct vq_device *vq, struct vq_chain *chain, struct iova_pieces *pieces, bool *full)
 {

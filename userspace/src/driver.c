@@ -182,7 +182,7 @@ size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 			break;
 		for (uint16_t i = 1; i < slot->count; i++)
 			last = vq->slots[last].next;
-		driver_release(vq, (uint16_t)id, last);
+		driver_release(vq, slot, (uint16_t)id, last);
 		done[count++] = (struct vq_done){ .token = slot->token, .written = written, .head = (uint16_t)id };
 		vq->last_used++;
 	}

@@ -107,31 +107,42 @@ int packed_driver_publish(struct vq_driver *vq)
 	return driver_sound(vq) ? due : -EPROTO;
 }
 
-static bool used(const struct vq_driver *vq)
+static bool used(const struct vq_driver *vq, uint16_t *flags)
 {
 	/* pair [G]: acquire, sees what the device stored before these flags. virtio 1.2, 2.8.22 */
-	uint16_t flags = ring16_load(&packed_at(&vq->packed, vq->last_used)->flags, memory_order_acquire);
+	*flags = ring16_load(&packed_at(&vq->packed, vq->last_used)->flags, memory_order_acquire);
+	return marked(*flags, used_mark(vq->last_used));
+}
 
-	return marked(flags, used_mark(vq->last_used));
+/*
+ * Bytes written, by a used descriptor's length. Without WRITE it is reserved (virtio 1.2, 2.8.4): DPDK's vhost leaves the
+ * available length there, but QEMU never sets WRITE. So it counts whenever it can be true, and is checked with WRITE.
+ */
+static uint32_t written_by(const struct vq_driver *vq, uint16_t id, uint16_t flags, uint32_t length)
+{
+	bool impossible = id < vq->packed.num && length > vq->slots[id].writable;
+
+	return impossible && !(flags & DESC_WRITE) ? 0 : length;
 }
 
 size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 {
 	size_t count = 0;
+	uint16_t flags;
 
 	if (vq->fault.code != VQ_OK)
 		return 0;
-	while (count < limit && used(vq)) {
+	while (count < limit && used(vq, &flags)) {
 		struct packed_desc *entry = packed_at(&vq->packed, vq->last_used);
 		uint16_t id = ring16_load(&entry->id, memory_order_relaxed);
-		/* Counted whether or not WRITE is set, as the kernel does: QEMU never sets it in used descriptors. */
-		uint32_t written = le32toh(atomic_load_explicit(&entry->length, memory_order_relaxed));
+		uint32_t length = le32toh(atomic_load_explicit(&entry->length, memory_order_relaxed));
+		uint32_t written = written_by(vq, id, flags, length);
 		struct vq_driver_slot *slot = driver_check_used(vq, cursor_position(vq->last_used), id, written);
 
 		if (!slot)
 			break;
 		vq->last_used = cursor_advance(vq->last_used, slot->count, vq->packed.num);
-		driver_release(vq, id, id);
+		driver_release(vq, slot, id, id);
 		done[count++] = (struct vq_done){ .token = slot->token, .written = written, .head = id };
 	}
 	(void)driver_sound(vq);
@@ -140,6 +151,7 @@ size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t lim
 
 int packed_driver_enable_call(struct vq_driver *vq)
 {
+	uint16_t flags;
 	int more;
 
 	if (!driver_sound(vq))
@@ -148,7 +160,7 @@ int packed_driver_enable_call(struct vq_driver *vq)
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [H]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.22 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = used(vq);
+	more = used(vq, &flags);
 	return driver_sound(vq) ? more : -EPROTO;
 }
 

@@ -91,10 +91,15 @@ static void words(void)
 	CHECK(is_desc((uint32_t)b.driver.layout.tables / 16 + 1, DATA_IOVA + 64, 11, 0, 0));
 	CHECK(is_desc((uint32_t)b.driver.layout.tables / 16 + 2, DATA_IOVA + 128, 12, 0, DESC_WRITE));
 	CHECK(bench_pop(&b, chains, 1) == 1 && chains[0].readable == 21 && chains[0].writable == 12);
-	/* A device that leaves WRITE out of used descriptors: the length counts all the same. */
 	CHECK(vq_device_push(&b.device, &(struct vq_used){ 9, 0 }, 1) == 1);
-	ring16_store(&b.driver.packed.desc[0].flags, USED, memory_order_relaxed);
 	CHECK(vq_driver_reap(&b.driver, done, 1) == 1 && done[0].written == 9);
+	for (uint32_t length = 12; length <= 13; length++) { /* without WRITE, it counts as far as it can be true */
+		CHECK(add(2, 1, 0) == 0 && vq_driver_publish(&b.driver) == 1 && bench_pop(&b, chains, 1) == 1);
+		CHECK(vq_device_push(&b.device, &(struct vq_used){ length, 0 }, 1) == 1);
+		ring16_store(&b.driver.packed.desc[length - 11].flags, USED, memory_order_relaxed);
+		CHECK(vq_driver_reap(&b.driver, done, 1) == 1 && done[0].written == (length == 12 ? 12 : 0));
+	}
+	CHECK(b.driver.fault.code == VQ_OK);
 	bench_close(&b);
 }
 
@@ -146,6 +151,7 @@ static uint32_t word(uint64_t offset)
 static void events(void)
 {
 	struct vq_chain chain;
+	struct vq_done done;
 
 	for (uint32_t event_idx = 0; event_idx < 2; event_idx++) {
 		uint64_t driver, device;
@@ -166,6 +172,18 @@ static void events(void)
 		CHECK(add(1, 0, 0) >= 0 && vq_driver_publish(&b.driver) == 1);
 		bench_close(&b);
 	}
+
+	/* While chains are in flight, the device waits for the next one to come, the driver for the next to come back. */
+	open_ring(NUM, true, VQ_PACKED_START);
+	CHECK(add(1, 0, 0) >= 0 && add(1, 0, 1) >= 0 && vq_driver_publish(&b.driver) == 1);
+	CHECK(bench_pop(&b, &chain, 1) == 1 && vq_device_enable_kick(&b.device) == 1 && word(b.driver.layout.used) == 0x28001);
+	CHECK(bench_pop(&b, &chain, 1) == 1 && vq_device_enable_kick(&b.device) == 0);
+	CHECK(add(1, 0, 2) >= 0 && vq_driver_publish(&b.driver) == 1);
+	CHECK(vq_driver_enable_call(&b.driver) == 0 && word(b.driver.layout.avail) == 0x28000);
+	CHECK(vq_device_push(&b.device, &(struct vq_used){ 0, 1 }, 1) == 1);
+	CHECK(vq_driver_reap(&b.driver, &done, 1) == 1 && done.token == 1 && vq_driver_enable_call(&b.driver) == 0);
+	CHECK(word(b.driver.layout.avail) == 0x28001 && vq_device_push(&b.device, &(struct vq_used){ 0, 0 }, 1) == 1);
+	bench_close(&b);
 
 	/* An event for a place in the middle of a batch, and one behind it. */
 	open_ring(NUM, true, VQ_PACKED_START);

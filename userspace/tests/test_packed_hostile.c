@@ -186,7 +186,7 @@ static void expect_driver(enum vq_fault_code code, uint32_t where, uint64_t valu
 
 static void raw_used(uint32_t position, uint16_t id, uint32_t length)
 {
-	raw_desc(position, 0, length, id, PACKED_AVAIL | PACKED_USED);
+	raw_desc(position, 0, length, id, PACKED_AVAIL | PACKED_USED | DESC_WRITE);
 }
 
 static void device_faults(void)
@@ -260,7 +260,7 @@ static void corrupt_device(uint64_t *seed)
 	switch (random_below(seed, 4)) {
 	case 0:
 		raw_desc(cursor_position(cursor), 0, random_below(seed, 80), (uint16_t)random_below(seed, NUM + 1),
-			 used_mark(cursor));
+			 used_mark(cursor) | (uint16_t)(random_below(seed, 2) * DESC_WRITE));
 		break;
 	case 1:
 		raw_desc(random_below(seed, NUM), next_random(seed), (uint32_t)next_random(seed),
