@@ -39,7 +39,7 @@ vdpa-bridge compare --from result.json
     metavar="NAME",
     help="Only this one; may be given again.  [bringup, config, status, io, wrong, restart]",
 )
-@click.option("--repeat", type=click.IntRange(1, 1000), default=1, show_default=True, help="Runs of each scenario; times are the median.")
+@click.option("--repeat", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each scenario; times are the median.")
 @click.option(
     "--from",
     "source",
