@@ -2,7 +2,7 @@
 """Eventfds that somebody else owns too, and may misuse.
 
 A peer can fill the counter of an eventfd that it gave us, so that our write blocks. Hence ``signal`` is never called with
-a device's lock held, and ``close`` frees a writer that is stuck.
+a device's lock held (``nudge`` may be), and ``close`` frees a writer that is stuck.
 """
 
 from __future__ import annotations
@@ -42,6 +42,23 @@ class EventFd:
             if self.fd >= 0:
                 os.eventfd_write(self.fd, 1)
 
+    def nudge(self) -> None:
+        """``signal`` for callers that must not wait: nothing is added to a full counter, as there is an event waiting anyway.
+
+        Whoever shares it may fill it just now, so a thread that can be freed does the write.
+        """
+        if self.fd < 0:
+            return
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        if poll.poll(0):
+            writer = threading.Thread(target=self.signal, name="nudge", daemon=True)
+            writer.start()
+            writer.join(_PATIENCE)
+            while writer.is_alive():
+                self.free()
+                writer.join(_PATIENCE)
+
     def free(self) -> None:
         """Drain a counter that keeps a writer waiting; never waits itself, whoever else reads."""
         if self.fd >= 0:
@@ -61,18 +78,10 @@ class EventFd:
 
 
 def kick(fd: int) -> None:
-    """Add 1 to an eventfd unless its counter is full, in which case there is an event waiting anyway.
-
-    Whoever shares it may fill it just now, so a thread that can be freed does the write. OSError as for ``EventFd``.
-    """
+    """``EventFd.nudge`` for a descriptor that is only lent. OSError as for ``EventFd``."""
     event = EventFd(fd)
     try:
-        poll = select.poll()
-        poll.register(event.fd, select.POLLOUT)
-        if poll.poll(0):
-            writer = threading.Thread(target=event.signal, name="kick", daemon=True)
-            writer.start()
-            writer.join(_PATIENCE)
+        event.nudge()
     finally:
         event.close()
 

@@ -310,7 +310,7 @@ class VhostUserLegacy(RuledBackend):
         else:
             self._tell_enable(index, ring.enabled)
             if ring.enabled and ring.kick is not None:
-                ring.kick.signal()
+                ring.kick.nudge()
 
     def _tell_enable(self, index: int, enable: bool) -> None:
         if self._offered & VHOST_USER_F_PROTOCOL_FEATURES:
@@ -338,7 +338,7 @@ class VhostUserLegacy(RuledBackend):
         self._started.add(index)
         self._tell_enable(index, True)
         if ring.kick is not None:  # libvhost-user looks at a ring only after a kick (QEMU 10.0)
-            ring.kick.signal()
+            ring.kick.nudge()
 
     def _stop_rings(self) -> None:
         """GET_VRING_BASE on every working ring: the only message that stops one."""
