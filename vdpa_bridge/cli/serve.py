@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""``vdpa-bridge serve``: a device, wherever it lives, for vhost-user clients of both kinds.
+"""``vdpa-bridge serve``: devices, wherever they live, for vhost-user clients of both kinds.
 
-Rule of this file: it ends as it should. SIGTERM and SIGINT stop it at once with status 0 and without a socket file; a
-target that cannot be opened is an error before anybody is told that the socket is there.
+Rule of this file: words become a Service, and what becomes of it a status. SIGTERM and SIGINT stop it at once with
+status 0 and without a socket file; a target that cannot be opened is an error before anybody is told that a socket is
+there.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -19,42 +17,48 @@ import click
 from .common import Command, IntType, Output, Trace, common_options
 
 if TYPE_CHECKING:
-    from ..backends.base import Backend
+    from collections.abc import Callable
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    from ..service.server import ServiceServer
+    from ..service.spec import DeviceSpec
 
 
-class Mode(IntType):
-    """Permission bits in octal."""
+class _Parsed(IntType):
+    """A number that *parse* makes of text."""
 
-    name = "octal"
+    def __init__(self, name: str, parse: str) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """``660`` to 0o660."""
+        """Text to the number."""
         if isinstance(value, int):
             return value
+        from ..service import spec
+
+        parse: Callable[[str], int] = getattr(spec, self._parse)
         try:
-            mode = int(str(value), 8)
-        except ValueError:
-            mode = -1
-        if not 0 <= mode <= 0o777:
-            self.fail(f"{value} is not an octal mode up to 777", param, ctx)
-        return mode
+            return parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command(
     cls=Command,
-    short_help="Serve a device to vhost-user clients.",
+    short_help="Serve devices to vhost-user clients.",
     examples="""
 vdpa-bridge serve 'model:blk?file=disk.img' --socket-path /run/disk.sock
-vdpa-bridge serve /dev/vhost-vdpa-0 --socket-path /run/hw.sock --socket-mode 660
+vdpa-bridge serve /dev/vhost-vdpa-0 --socket-path /run/hw.sock --socket-mode 660 --socket-group kvm
+vdpa-bridge serve /run/disk.sock='model:blk?file=disk.img' /run/hw.sock=/dev/vhost-vdpa-0 -v
+vdpa-bridge serve --config /etc/vdpa-bridge.toml --log-format json
 vdpa-bridge serve 'vhost-user:/run/legacy.sock?type=net' --socket-path /run/vdpa.sock --vdpa require
 vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do ...; done
 """,
 )
-@click.argument("target")
-@click.option("--socket-path", metavar="PATH", help="Where to listen; a stale socket there is replaced.")
+@click.argument("words", nargs=-1, metavar="[TARGET | PATH=TARGET ...]")
+@click.option("--socket-path", metavar="PATH", help="Where to listen for TARGET; a stale socket there is replaced.")
 @click.option("--fd", type=int, help="A listening socket to take over instead.")
+@click.option("--config", metavar="FILE.toml", help="Devices as [[device]] tables: target, name, socket-path, ...")
 @click.option(
     "--vdpa",
     type=click.Choice(["require", "prefer", "off"]),
@@ -62,76 +66,87 @@ vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do
     show_default=True,
     help="vDPA mode: only, besides stock vhost-user, or never.",
 )
-@click.option("--socket-mode", type=Mode(), default=0o600, metavar="OCTAL", help="Permissions of the socket.  [default: 600]")
+@click.option(
+    "--socket-mode", type=_Parsed("octal", "parse_mode"), default=0o600, metavar="OCTAL", help="Permissions of the sockets.  [default: 600]"
+)
+@click.option("--socket-group", type=_Parsed("group", "parse_group"), metavar="NAME|GID", help="Group of the sockets.")
 @click.option(
     "--timeout", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Seconds that a client may stall within a message."
 )
-@click.option("-v", "--verbose", is_flag=True, help="Log clients that come and go.")
+@click.option("--keep-going", is_flag=True, help="Serve the others when one device or socket cannot be had; try the device again for each client.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Log clients that come and go, too.")
 @common_options
 def command(
-    target: str,
+    words: tuple[str, ...],
     socket_path: str | None,
     fd: int | None,
+    config: str | None,
     vdpa: str,
     socket_mode: int,
+    socket_group: int | None,
     timeout: float,
+    keep_going: bool,
+    log_format: str,
     verbose: bool,
     output: Output,
     trace: Trace,
 ) -> int:
-    """Serve TARGET on a vhost-user socket, to client after client, until SIGTERM or SIGINT.
+    """Serve each TARGET on a vhost-user socket, to client after client, until SIGTERM or SIGINT.
 
-    One line on stdout says that clients can come ({"event": "ready", ...} with --json); the log goes to stderr.
+    Sockets can also come from a service manager (LISTEN_FDS), which is told when clients can come (NOTIFY_SOCKET). SIGHUP
+    reads the sizes of disks again, SIGUSR1 logs who is served. One line per device on stdout says that clients can come, or
+    one {"event": "ready", ...} for all with --json; the log goes to stderr.
     """
-    from ..targets import Target
-    from ..vhost_user.server import Server
+    from ..service.journal import Journal
+    from ..service.manager import Notifier, assign, passed_fds
+    from ..service.service import Interrupted, Service, Signals
+    from ..service.spec import DeviceSpec, checked, read_config
 
-    if (socket_path is None) == (fd is None):
-        raise click.UsageError("either --socket-path or --fd is needed")
-    _log_to_stderr(verbose)
-    parsed = Target.parse(target)
-    # Before any thread starts, so that only sigwait below gets them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    waiting: list[Backend] = []
-    try:
-        waiting.append(trace.wrap(parsed.open()))  # for the first client; what cannot be opened shows now
-
-        def open_device() -> Backend:
-            return waiting.pop() if waiting else trace.wrap(parsed.open())
-
-        mask = os.umask(0o777 & ~socket_mode)
+    defaults = DeviceSpec("", mode=socket_mode, group=socket_group, vdpa=vdpa, timeout=timeout)
+    specs = [*_from_words(words, socket_path, fd, defaults), *(read_config(config, defaults) if config is not None else [])]
+    if not specs:
+        raise click.UsageError("nothing to serve: give a TARGET, PATH=TARGET words or --config")
+    specs = checked(specs)
+    passed = passed_fds() + ([(specs[0].name, fd)] if fd is not None else [])
+    inherited = assign(passed, specs)
+    traced = len(specs) > 1  # lines then say whose they are
+    notifier = Notifier()
+    with Journal(sys.stderr, log_format, verbose), Signals() as signals:
+        service = Service(
+            specs, inherited, notifier, wrap=lambda backend, name: trace.wrap(backend, name if traced else ""), keep_going=keep_going
+        )
         try:
-            server = Server(open_device, socket_path or "", sock=None if fd is None else _listening(fd), vdpa=vdpa, timeout=timeout)
+            service.start(signals)
+            _announce(service.servers, output)
+            got = service.run(signals)
+        except Interrupted as interrupted:
+            got = interrupted.signal
         finally:
-            os.umask(mask)
-        place = socket_path or f"fd {fd}"
-        with server:
-            output.event(f"serving {target} on {place} (vdpa={vdpa})", event="ready", target=target, socket=place, vdpa=vdpa)
-            got = signal.sigwait(_SIGNALS)
-        output.event(f"stopped by {signal.Signals(got).name} after {server.served} connections", event="stopped", connections=server.served)
-    finally:
-        for backend in waiting:
-            backend.close()
-        parsed.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return 0
+            ended = service.stop()
+            notifier.close()
+        why = f"stopped by {got.name}" if got is not None else "stopped because a thread died"
+        output.event(f"{why} after {service.served} connections", event="stopped", connections=service.served)
+    return 0 if got is not None and ended else 1
 
 
-def _listening(fd: int) -> socket.socket:
-    try:
-        sock = socket.socket(fileno=fd)
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise ValueError(f"--fd {fd}: {error.strerror}; it must be a listening Unix socket") from None
-    if sock.family != socket.AF_UNIX or not listens:
-        sock.detach()
-        raise ValueError(f"--fd {fd} is no listening Unix socket")
-    return sock
+def _from_words(words: tuple[str, ...], socket_path: str | None, fd: int | None, defaults: DeviceSpec) -> list[DeviceSpec]:
+    from ..service.spec import split_word
+
+    if socket_path is not None and fd is not None:
+        raise click.UsageError("either --socket-path or --fd, not both")
+    pairs = [(None, word) if socket_path is not None or fd is not None else split_word(word) for word in words]
+    if (socket_path is not None or fd is not None) and len(pairs) != 1:
+        raise click.UsageError(f"--{'fd' if fd is not None else 'socket-path'} goes with exactly one TARGET")
+    return [replace(defaults, target=target, socket_path=path or socket_path) for path, target in pairs]
 
 
-def _log_to_stderr(verbose: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("vdpa_bridge")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+def _announce(servers: list[ServiceServer], output: Output) -> None:
+    facts = [
+        {"name": spec.name, "target": spec.target, "socket": server.listener.place, "vdpa": spec.vdpa}
+        for server in servers
+        for spec in [server.device.spec]
+    ]
+    only = {key: facts[0][key] for key in ("target", "socket", "vdpa")} if len(facts) == 1 else {}
+    text = "\n".join(f"serving {fact['target']} on {fact['socket']} (vdpa={fact['vdpa']})" for fact in facts)
+    output.event(text, event="ready", **only, devices=facts)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""One device of a service: where it lives, and the server that gives it to clients and tells of them.
+
+Rule of this file: one line per client that comes, goes, is dropped (with the rule that it broke) or cannot be served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+from ..backends.base import Backend
+from ..backends.model import ModelDevice
+from ..errors import PeerClosed, ProtocolError, RemoteProtocolError, reason
+from ..models import BlkModel, make_model
+from ..targets import Target
+from ..vhost_user.framing import Receiver
+from ..vhost_user.server import Server
+from ..vhost_user.session import Session
+from .journal import CONTEXT, event
+from .listening import Listener, PeerCredentials
+from .spec import DeviceSpec
+
+Wrap = Callable[[Backend, str], Backend]
+"""What to put around each session with a device, given the device's name: a tracer, for one."""
+
+
+class ServedDevice:
+    """A device as its target says. ``open`` gives one session after the other; a model lives until ``close``."""
+
+    def __init__(self, spec: DeviceSpec, wrap: Wrap) -> None:
+        self.spec = spec
+        self._target = Target.parse(spec.target)
+        self._wrap = wrap
+        self._first: Backend | None = None
+        self._model: ModelDevice | None = None
+
+    def prepare(self) -> None:
+        """Open the device for the first client; what cannot be opened shows now."""
+        self._first = self._open()
+
+    def open(self) -> Backend:
+        """A session with the device. OSError, ProtocolError and ValueError as targets have them."""
+        first, self._first = self._first, None
+        return first if first is not None else self._open()
+
+    def _open(self) -> Backend:
+        return self._wrap(self._session(), self.spec.name)
+
+    def _session(self) -> Backend:
+        if self._target.scheme != "model":
+            return self._target.open()
+        if self._model is None:
+            self._model = ModelDevice(make_model(self._target.place, self._target.options), self.spec.name)
+        return self._model.open()
+
+    def refresh(self) -> str:
+        """Look again how large the disk is, and tell its driver; what changed, for the log. OSError when its file does not say."""
+        device = self._model
+        if device is None or not isinstance(model := device.model, BlkModel):
+            return ""
+        before = model.capacity
+        device.change(model.refresh)
+        return f"{before} sectors before, {model.capacity} now" if model.capacity != before else ""
+
+    def close(self) -> None:
+        """Give everything back; no session is open any more, but for one that nobody came for."""
+        if self._first is not None:
+            self._first.close()
+            self._first = None
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+        self._target.close()
+
+
+class ServiceServer(Server):
+    """The server of one device. *on_client* is called in its thread after a client came or went."""
+
+    def __init__(self, device: ServedDevice, listener: Listener, on_client: Callable[[], None]) -> None:
+        spec = device.spec
+        super().__init__(self._take, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout)
+        self.device = device
+        self.listener = listener
+        self.peer: PeerCredentials | None = None
+        """The client that is being served."""
+        self._on_client = on_client
+        self._opened: Backend | None = None
+
+    def run(self) -> None:
+        """Serve until ``stop``; what is logged meanwhile belongs to this device."""
+        CONTEXT.device = self.device.spec.name
+        super().run()
+
+    def _take(self) -> Backend:
+        backend, self._opened = self._opened, None
+        assert backend is not None
+        return backend
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            self.peer = CONTEXT.peer = PeerCredentials.of(client)
+            self._opened = self.device.open()
+            event(logging.INFO, "connect")
+            self._on_client()
+            super()._serve(client)
+        except (OSError, ProtocolError, ValueError) as error:
+            event(logging.ERROR, "refuse", f"cannot open the device: {reason(error)}")
+        finally:
+            self.peer = CONTEXT.peer = None
+            self._on_client()
+
+    def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
+        start = time.monotonic()
+        level, name, why = logging.WARNING, "drop", "a defect of this server"
+        try:
+            super()._converse(client, session, receiver)
+        except PeerClosed as error:
+            level, name, why = logging.INFO, "disconnect", str(error)
+        except RemoteProtocolError as error:
+            why = str(error)
+            with contextlib.suppress(OSError):
+                client.send(session.last_words(error), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except OSError as error:
+            why = reason(error)
+        finally:
+            if self._stopping.is_set():
+                level, name, why = logging.INFO, "disconnect", "this server stops"
+            event(level, name, why, mode=session.mode, seconds=round(time.monotonic() - start, 3))

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Many devices in one process, from the first that is opened to the last that is given back.
+
+Rules of this file: no device waits for another, neither at work nor at the end; all or nothing starts, unless the user
+wants what can be had; a thread that dies takes the process with it, and not in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Self
+
+from ..errors import ProtocolError, reason
+from .journal import CONTEXT, event
+from .listening import Listener
+from .manager import Notifier
+from .server import ServedDevice, ServiceServer, Wrap
+from .spec import DeviceSpec
+
+STOP = (signal.SIGTERM, signal.SIGINT)
+_GRACE = 5.0
+"""Seconds for devices to be given back; what takes longer is left to the end of the process."""
+_RELOAD = 5.0
+"""Seconds after which a reload that hangs in a device's file is reported."""
+_DIED = 0
+"""What is written to the pipe of signals when a thread died; no signal has this number."""
+
+
+class Interrupted(Exception):
+    """A signal came before the service was ready. *signal* says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} before it was ready")
+        self.signal = signal.Signals(number)
+
+
+class Signals:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the deaths of threads, in the order in which they come. Main thread only."""
+
+    def __enter__(self) -> Self:
+        self._interruptible = False
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(self._read, True)
+        self._before = {number: signal.signal(number, self._handle) for number in (*STOP, signal.SIGHUP, signal.SIGUSR1)}
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._hook, threading.excepthook = threading.excepthook, self._died
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        threading.excepthook = self._hook
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._read)
+        os.close(self._write)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within, SIGTERM and SIGINT raise Interrupted."""
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._interruptible and number in STOP:
+            raise Interrupted(number)
+
+    def _died(self, args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            name = args.thread.name if args.thread is not None else "?"
+            text = f"thread {name!r} died: {type(args.exc_value).__name__}: {reason(args.exc_value)}"
+            trace = (args.exc_type, args.exc_value, args.exc_traceback)
+            logging.getLogger("vdpa_bridge").critical(text, exc_info=trace, extra={"event": "died"})
+        with contextlib.suppress(OSError):
+            os.write(self._write, bytes([_DIED]))
+
+    def wait(self) -> int:
+        """The next one's number, 0 for the death of a thread."""
+        return os.read(self._read, 1)[0]
+
+
+class Service:
+    """Serves *specs*, whose names and socket paths differ, with the sockets of *inherited* (by name) for those that have no path.
+
+    *keep_going*: a device that cannot be opened is tried again for each client, and one whose socket cannot be had is left out.
+    *wrap* goes around each session with a device.
+    """
+
+    def __init__(
+        self, specs: Sequence[DeviceSpec], inherited: dict[str, Listener], notifier: Notifier, *, wrap: Wrap, keep_going: bool = False
+    ) -> None:
+        self._specs = specs
+        self._inherited = inherited
+        self._notifier = notifier
+        self._keep_going = keep_going
+        self._devices = [ServedDevice(spec, wrap) for spec in specs]
+        self.servers: list[ServiceServer] = []
+
+    @property
+    def served(self) -> int:
+        """Connections that ended so far, of all devices."""
+        return sum(server.served for server in self.servers)
+
+    def start(self, signals: Signals) -> None:
+        """Open all devices, then all sockets, then serve. Errors as of the first that fails; Interrupted."""
+        _use_all_descriptors()
+        with signals.interruptible():
+            for device in self._devices:
+                try:
+                    device.prepare()
+                except (OSError, ProtocolError) as error:
+                    self._failed(device.spec, error)
+        for device in self._devices:
+            spec = device.spec
+            try:
+                listener = self._inherited.pop(spec.name, None) or Listener.bind(spec.socket_path or "", spec.mode, spec.group)
+            except OSError as error:
+                self._failed(spec, error)
+                continue
+            self.servers.append(ServiceServer(device, listener, self._tell))
+        if not self.servers:
+            raise OSError(errno.ENODEV, "no device is left to serve")
+        for server in self.servers:
+            server.start()
+        self._notifier.send("READY=1", self._state())
+
+    def _failed(self, spec: DeviceSpec, error: Exception) -> None:
+        if not self._keep_going:
+            if len(self._specs) == 1:
+                raise error
+            raise OSError(getattr(error, "errno", None) or errno.EIO, f"{spec.name}: {reason(error)}") from error
+        event(logging.ERROR, "unavailable", reason(error), device=spec.name)
+
+    def run(self, signals: Signals) -> signal.Signals | None:
+        """Serve until SIGTERM or SIGINT, which is returned, or until a thread died: None."""
+        while (number := signals.wait()) != _DIED:
+            if number in STOP:
+                return signal.Signals(number)
+            if number == signal.SIGHUP:
+                threading.Thread(target=self._reload, name="reload", daemon=True).start()
+            else:
+                self.log_status()
+        return None
+
+    def log_status(self) -> None:
+        """One line for each device."""
+        for server in self.servers:
+            peer = server.peer
+            text = f"serves process {peer.pid} of user {peer.uid}" if peer is not None else "waits for a client"
+            event(logging.WARNING, "status", text, device=server.device.spec.name, served=server.served)
+
+    def stop(self) -> bool:
+        """Take sockets away, drop clients, give devices back; whether all of that was done in time."""
+        if self.servers:
+            self._notifier.send("STOPPING=1", "STATUS=stopping")
+        servers = {server.device: server for server in self.servers}
+        for server in self.servers:
+            server.listener.remove()
+        left = _all_at_once({device.spec.name: _Ending(device, servers.get(device)) for device in self._devices}, _GRACE)
+        for name in left:
+            event(logging.ERROR, "stuck", f"not given back within {_GRACE:g} s; the end of this process will do it", device=name)
+        for listener in self._inherited.values():
+            listener.close()
+        return not left
+
+    def _tell(self) -> None:
+        self._notifier.send(self._state())
+
+    def _state(self) -> str:
+        clients = sum(server.peer is not None for server in self.servers)
+        return f"STATUS={_count(len(self.servers), 'device')}, {_count(clients, 'client')}"
+
+    def _reload(self) -> None:
+        self._notifier.reloading()
+        tasks = {device.spec.name: _Refreshing(device) for device in self._devices}
+        for name in _all_at_once(tasks, _RELOAD):
+            event(logging.ERROR, "reload", f"the disk's file did not answer within {_RELOAD:g} s", device=name)
+        event(logging.INFO, "reload", "sizes of disks were read again")
+        self._notifier.send("READY=1", self._state())
+
+
+class _Ending:
+    """Stops a device's server, if it has one, and gives the device back."""
+
+    def __init__(self, device: ServedDevice, server: ServiceServer | None) -> None:
+        self._device, self._server = device, server
+
+    def __call__(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server.listener.close()
+        try:
+            self._device.close()
+        except (OSError, ProtocolError) as error:
+            event(logging.WARNING, "close", reason(error))
+
+
+class _Refreshing:
+    """Reads the size of a device's disk again."""
+
+    def __init__(self, device: ServedDevice) -> None:
+        self._device = device
+
+    def __call__(self) -> None:
+        try:
+            if changed := self._device.refresh():
+                event(logging.INFO, "resize", changed)
+        except (OSError, ValueError) as error:
+            event(logging.ERROR, "reload", reason(error))
+
+
+def _all_at_once(tasks: dict[str, _Ending] | dict[str, _Refreshing], patience: float) -> list[str]:
+    """Carry out each task in a thread; the names of those that did not end within *patience* seconds."""
+
+    def run(name: str) -> None:
+        CONTEXT.device = name
+        tasks[name]()
+
+    threads = {name: threading.Thread(target=run, args=(name,), name=f"task for {name}", daemon=True) for name in tasks}
+    for thread in threads.values():
+        thread.start()
+    end = time.monotonic() + patience
+    for thread in threads.values():
+        thread.join(max(0.0, end - time.monotonic()))
+    return [name for name, thread in threads.items() if thread.is_alive()]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _use_all_descriptors() -> None:
+    """Lift the soft limit of descriptors: a client may pass hundreds, and nothing here uses select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
