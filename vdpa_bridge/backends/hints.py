@@ -26,6 +26,7 @@ _HINTS: dict[tuple[Op[Any, Any], int], str] = {
     (ops.SET_VRING_ADDR, errno.EINVAL): "avail is aligned to 2, used to 4; no change while the device runs",
     (ops.SET_VRING_ADDR, errno.EOPNOTSUPP): "the only flag is bit 0 (log)",
     (ops.SET_VRING_BASE, errno.EINVAL): "a split base is at most 65535; no change while the device runs",
+    (ops.SET_VRING_BASE, errno.EOPNOTSUPP): "this device starts a ring at index 0 only (vp_vdpa does): have the driver reset it and make the ring anew",
     (ops.GET_VRING_BASE, errno.EBUSY): "the ring runs and this peer would stop it; SUSPEND first",
     (ops.SET_GROUP_ASID, errno.EINVAL): "no such group or address space (GET_GROUP_NUM, GET_AS_NUM)",
     (ops.SUSPEND, errno.EOPNOTSUPP): "this device cannot be suspended; reset it instead",

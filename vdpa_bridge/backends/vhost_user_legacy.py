@@ -87,6 +87,7 @@ class VhostUserLegacy(RuledBackend):
         self._connection = connection
         self._offered = features
         self._protocol_offered = protocol_offered
+        self._offers = protocol_offered
         self._protocol = P(protocol_offered & SPOKEN)
         self._device_id = device_id
         self.queue_size = queue_size
@@ -307,6 +308,7 @@ class VhostUserLegacy(RuledBackend):
     def _on_enable(self, index: int, ring: Ring) -> None:
         if ring.enabled and index not in self._started:
             self._start_ring(index, ring)
+            self._let_work(index, ring)
         else:
             self._tell_enable(index, ring.enabled)
             if ring.enabled and ring.kick is not None:
@@ -319,12 +321,15 @@ class VhostUserLegacy(RuledBackend):
             raise refuse(errno.EOPNOTSUPP, "the peer lacks protocol features, its rings cannot be disabled")
 
     def _start_enabled(self) -> None:
-        for index, ring in enumerate(self._rings):
-            if ring.enabled:
-                self._start_ring(index, ring)
+        """All rings are started before the first is enabled, as QEMU does: hardware may have to know them all by then."""
+        enabled = [(index, ring) for index, ring in enumerate(self._rings) if ring.enabled]
+        for index, ring in enabled:
+            self._start_ring(index, ring)
+        for index, ring in enabled:
+            self._let_work(index, ring)
 
     def _start_ring(self, index: int, ring: Ring) -> None:
-        """Everything about a ring, SET_VRING_KICK next to last because it starts it."""
+        """Everything about a ring but its enabling, SET_VRING_KICK last because it starts it."""
         if ring.addr is None:
             raise refuse(errno.EINVAL, f"queue {index} is enabled but has no address")
         self._tell(m.SET_VRING_NUM, VringState(index, ring.num).pack())
@@ -336,6 +341,8 @@ class VhostUserLegacy(RuledBackend):
             self._tell_event(m.SET_VRING_ERR, index, ring.err)
         self._tell_event(m.SET_VRING_KICK, index, ring.kick)
         self._started.add(index)
+
+    def _let_work(self, index: int, ring: Ring) -> None:
         self._tell_enable(index, True)
         if ring.kick is not None:  # libvhost-user looks at a ring only after a kick (QEMU 10.0)
             ring.kick.nudge()
@@ -446,6 +453,8 @@ class VhostUserLegacy(RuledBackend):
     def _park(self, removed: list[_Region]) -> None:
         """Move stopped rings to memory that stays, before theirs goes: libvhost-user (QEMU 7.2 to 10.0) hangs up otherwise,
         as it looks all rings up again with every change of memory, those that are stopped too."""
+        if self._offers & (P.VDPA | P.GPA_ADDRESSES):
+            return  # no libvhost-user of that age; and the hardware behind such a server may not reach as far as the parking
         gone = [r.region for r in removed if r.sent]
         left = [
             index

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from .. import ops
@@ -23,7 +22,6 @@ from ..errors import RemoteProtocolError, reason
 from ..eventfd import Metronome, kick
 from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status, without
 from ..flags import ProtocolFeature as P
-from ..memory import PAGE
 from ..ops import Call
 from ..virtio.ids import DeviceId
 from ..wire import (
@@ -36,8 +34,6 @@ from ..wire import (
     EventFile,
     IotlbBatchBegin,
     IotlbBatchEnd,
-    IotlbInvalidate,
-    Iova,
     Payload,
     VringAddr,
     VringFile,
@@ -46,7 +42,8 @@ from ..wire import (
 from . import messages as m
 from .backend_channel import BackendEnd
 from .framing import REPLY_FLAGS, Frame, frame
-from .legacy_state import ClientRegion, ClientRing, whole_base
+from .legacy_memory import ClientMemory
+from .legacy_state import ClientRing, whole_base
 from .messages import message_name
 
 _log = logging.getLogger(__name__)
@@ -71,7 +68,7 @@ class LegacyService:
         self._running = False
         self._mapped = False
         self._status = 0
-        self._regions: list[ClientRegion] = []
+        self._memory = ClientMemory()
         self._rings: dict[int, ClientRing] = {}
         self._queues: int | None = None
         self._channel: BackendEnd | None = None
@@ -124,9 +121,7 @@ class LegacyService:
             self._stop(ring)
             ring.replace("call", -1)
         self._rings.clear()
-        for region in self._regions:
-            os.close(region.fd)
-        self._regions.clear()
+        self._memory.close()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -152,44 +147,48 @@ class LegacyService:
 
     def _ring_calls(self, index: int, ring: ClientRing) -> list[Call]:
         assert ring.addr is not None
-        address = VringAddr(
-            index, 0, self._iova(ring.addr.desc, "descriptors"), self._iova(ring.addr.used, "used"), self._iova(ring.addr.avail, "avail"), 0
-        )
+        address = self._memory.ring(index, ring.addr)
         ring.set_up = True
-        return [
+        calls: list[Call] = [
             (ops.SET_VRING_NUM, VringState(index, ring.num)),
             (ops.SET_VRING_ADDR, address),
             (ops.SET_VRING_BASE, VringState(index, ring.base)),
             (ops.SET_VRING_KICK, VringFile(index, ring.kick)),
             (ops.SET_VRING_CALL, VringFile(index, ring.call)),
-            (ops.SET_VRING_ENABLE, VringState(index, int(self._is_enabled(ring)))),
         ]
+        if self._is_enabled(ring):  # virtio-pci has no way to say that a ring is not
+            calls.append((ops.SET_VRING_ENABLE, VringState(index, 1)))
+        return calls
 
     def _is_enabled(self, ring: ClientRing) -> bool:
         return ring.enabled or not self._features & VHOST_USER_F_PROTOCOL_FEATURES
-
-    def _iova(self, address: int, what: str) -> Iova:
-        """The client's user address as an IOVA."""
-        for held in self._regions:
-            if held.holds(address):
-                return Iova(address - held.region.user_addr + held.region.guest_addr)
-        raise OSError(errno.EFAULT, f"{what} ring address {address:#x} lies in no memory region")
 
     def _sync(self) -> None:
         """Bring the device up, or let a further ring in, when what is needed for it has been said."""
         ready = {i: r for i, r in self._rings.items() if r.ready}
         if not self._running:
-            if any(self._is_enabled(r) for r in ready.values()):
+            if self._may_start(list(ready.values())):
                 self._bring_up(ready)
             return
         fresh = {i: r for i, r in ready.items() if not r.set_up}
         if fresh:
-            with self._at_rest():
-                for index, ring in fresh.items():
-                    self._all(self._ring_calls(index, ring))
+            with self._at_rest() as kept:
+                if kept:
+                    for index, ring in fresh.items():
+                        self._all(self._ring_calls(index, ring))
+
+    def _may_start(self, ready: list[ClientRing]) -> bool:
+        """Whether a ring is enabled; where none can be enabled later, every ready one must be, or be said not to be."""
+        if not any(self._is_enabled(ring) for ring in ready):
+            return False
+        self._own()
+        return self._enables_late or bool(self._status & Status.DRIVER_OK) or all(ring.told or self._is_enabled(ring) for ring in ready)
+
+    @property
+    def _enables_late(self) -> bool:
+        return bool(self._backend_features & BackendFeature.ENABLE_AFTER_DRIVER_OK)
 
     def _bring_up(self, ready: dict[int, ClientRing]) -> None:
-        self._own()
         driver = Status.ACKNOWLEDGE | Status.DRIVER
         features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
         self._all(
@@ -205,30 +204,36 @@ class LegacyService:
             raise OSError(errno.EINVAL, f"the device refuses the features {features:#x}")
         if not self._mapped:
             try:
-                self._all(self._batch([(ops.IOTLB_UPDATE, region.update) for region in self._regions]))
+                self._all(self._batch([region.there for region in self._memory.regions]))
             except OSError:  # some are mapped, and a reset may keep them: the client gets to send a better table
-                self._backend.call_many(self._batch([_gone(region) for region in self._regions]))
+                self._backend.call_many(self._batch([region.gone for region in self._memory.regions]))
                 raise
             self._mapped = True
         calls: list[Call] = []
         for index, ring in ready.items():
             calls += self._ring_calls(index, ring)
-        self._all([*calls, (ops.SET_STATUS, U8(_RUNNING))])
+        try:
+            self._all([*calls, (ops.SET_STATUS, U8(_RUNNING))])
+        except OSError:
+            self._reset()
+            raise
         self._running = True
+        for ring in ready.values():
+            kick(ring.kick)  # for what was made available before: a device that was restarted has forgotten the kick
 
     @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """The device suspended meanwhile; without SUSPEND it is reset and brought up again where it stood."""
+    def _at_rest(self) -> Iterator[bool]:
+        """The device suspended meanwhile; without SUSPEND it is reset, which yields False, and brought up again where it stood."""
         if not self._running:
-            yield
+            yield False
         elif self._backend_features & BackendFeature.SUSPEND:
             self._backend.call(ops.SUSPEND, EMPTY)
-            yield
+            yield True
             self._backend.call(ops.RESUME, EMPTY)
         else:
             self._note_bases()
             self._reset()
-            yield
+            yield False
             self._sync()
 
     def _note_bases(self) -> None:
@@ -244,12 +249,9 @@ class LegacyService:
         try:
             return self._backend.call(ops.GET_VRING_BASE, VringState(index, 0)).num
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP or ring.addr is None:
+            if error.errno != errno.EOPNOTSUPP or ring.addr is None or self._features & Feature.RING_PACKED:
                 raise
-        for held in self._regions:
-            if held.holds(ring.addr.used):
-                return held.read_u16(ring.addr.used + 2)
-        raise OSError(errno.EFAULT, f"used ring address {ring.addr.used:#x} lies in no memory region")
+        return self._memory.used_index(ring.addr)
 
     def _reset(self) -> None:
         self._running = False
@@ -311,12 +313,14 @@ class LegacyService:
             self._note_bases()  # QEMU 7.2 resets first and asks for the bases afterwards
             self._reset()
         self._status = request.value
+        if request.value & Status.DRIVER_OK:
+            self._sync()
 
     def _reset_device(self, message: Frame, request: Empty) -> None:
         self._reset()
         self._status = 0
         for ring in self._rings.values():
-            ring.enabled = False
+            ring.enabled = ring.told = False
             ring.base = 0
             self._stop(ring)
 
@@ -343,55 +347,42 @@ class LegacyService:
     def _get_max_mem_slots(self, message: Frame, request: Empty) -> U64:
         return U64(MAX_SLOTS)
 
-    def _take_region(self, region: m.MemoryRegion, fd: int) -> ClientRegion:
-        """Own *fd* for *region*, checked against the others."""
-        r = region
-        if not r.size or max(r.guest_addr, r.user_addr, r.mmap_offset) + r.size > 1 << 64:
-            raise ValueError(f"region of {r.size:#x} bytes at {r.guest_addr:#x} is empty or wraps around")
-        if self._protocol & P.GPA_ADDRESSES and r.user_addr != r.guest_addr:
-            raise ValueError(f"GPA_ADDRESSES is accepted, but the region at {r.guest_addr:#x} has user address {r.user_addr:#x}")
-        if r.guest_addr % PAGE != r.mmap_offset % PAGE:
-            raise ValueError(f"region at {r.guest_addr:#x} from offset {r.mmap_offset:#x} cannot be mapped by pages")
-        for held in self._regions:
-            o = held.region
-            if o.user_addr < r.user_addr + r.size and r.user_addr < o.user_addr + o.size:
-                raise ValueError(f"user addresses of the region at {r.user_addr:#x} overlap those of the one at {o.user_addr:#x}")
-        return ClientRegion(region, fd)
+    @property
+    def _gpa_addresses(self) -> bool:
+        return bool(self._protocol & P.GPA_ADDRESSES)
 
     def _set_mem_table(self, message: Frame, request: m.MemTable) -> None:
-        fds = message.take_fds()
-        old, self._regions = self._regions, []
+        """What stays is not touched: a device goes on while memory is added, and rests while something is replaced under it."""
+        gone, fresh = self._memory.renew(request.regions, message.take_fds(), self._gpa_addresses)
+        rings = [ring.addr for ring in self._rings.values() if ring.set_up and ring.addr is not None]
+        replaced = any(old.overlaps(new) for old in gone for new in fresh)
+        moved = any(old.holds(address) for old in gone for addr in rings for address in (addr.desc, addr.avail, addr.used))
         try:
-            with self._at_rest():
+            with self._at_rest() if replaced or moved else nullcontext():
                 if self._mapped:
-                    self._all(self._batch([_gone(region) for region in old]))
-                for region in request.regions:
-                    self._regions.append(self._take_region(region, fds[0]))
-                    del fds[0]
-                if self._mapped:
-                    self._all(self._batch([(ops.IOTLB_UPDATE, region.update) for region in self._regions]))
+                    self._all(self._batch([*(old.gone for old in gone), *(new.there for new in fresh)]))
         finally:
-            for fd in [*fds, *(region.fd for region in old)]:
-                os.close(fd)
+            for region in gone:
+                region.close()
 
     def _add_mem_reg(self, message: Frame, request: m.MemReg) -> None:
-        if len(self._regions) >= MAX_SLOTS:
+        if len(self._memory.regions) >= MAX_SLOTS:
             raise ValueError(f"more than {MAX_SLOTS} memory regions")
-        region = self._take_region(request.region, message.fds[0])
+        region = self._memory.checked(request.region, message.fds[0], self._gpa_addresses)
         if self._mapped:
-            self._backend.call(ops.IOTLB_UPDATE, region.update)
+            self._backend.call(*region.there)
         message.take_fds()
-        self._regions.append(region)
+        self._memory.regions.append(region)
 
     def _rem_mem_reg(self, message: Frame, request: m.MemReg) -> None:
         want = request.region
-        for held in self._regions:
+        for held in self._memory.regions:
             r = held.region
             if (r.guest_addr, r.size, r.user_addr) == (want.guest_addr, want.size, want.user_addr):
                 if self._mapped:
-                    self._all([_gone(held)])
-                self._regions.remove(held)
-                os.close(held.fd)
+                    self._all([held.gone])
+                self._memory.regions.remove(held)
+                held.close()
                 return
         raise ValueError(f"there is no region of {want.size:#x} bytes at {want.guest_addr:#x}")
 
@@ -454,8 +445,11 @@ class LegacyService:
         if request.num > 1:
             raise ValueError(f"enable is {request.num}, not 0 or 1")
         ring = self._ring(request.index)
-        changed, ring.enabled = ring.enabled != bool(request.num), bool(request.num)
-        if ring.set_up and changed:
+        changed, ring.enabled, ring.told = ring.enabled != bool(request.num), bool(request.num), True
+        if ring.set_up and changed and ring.enabled and not self._enables_late:
+            self._note_bases()
+            self._reset()  # and up again, below
+        elif ring.set_up and changed:
             self._backend.call(ops.SET_VRING_ENABLE, request)
             if ring.enabled:
                 kick(ring.kick)  # what was kicked while the ring was disabled is lost otherwise
@@ -490,8 +484,3 @@ _METHODS: dict[int, Callable[[LegacyService, Frame, Any], Payload | None]] = {
     if (row.needs is None or row.needs & OFFERED) and hasattr(LegacyService, f"_{row.name.lower()}")
 }
 """The method of each message that this server takes."""
-
-
-def _gone(region: ClientRegion) -> Call:
-    update = region.update
-    return ops.IOTLB_INVALIDATE, IotlbInvalidate(update.iova, update.size)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A device served by a process of its own, and a client that has none of our code, for the tests of whole bridges.
+
+Rule of this file: what it starts it ends, by its process; what a process said is in the error when something goes wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vdpa_bridge import Device, Target
+
+SOURCES = Path(__file__).resolve().parents[2] / "userspace" / "client"
+REFUSED, NOT_COMPLETED, WRONG_DATA = 1, 3, 4
+"""Exit statuses of the C client."""
+
+
+def node(name: str) -> str:
+    """The device node of *name* (SIM_BLK, VP_NET, ...)."""
+    variable = f"VDPA_{name}"
+    if variable not in os.environ:
+        pytest.skip(f"no ${variable}: run it in the lab, tools/lab pytest -m lab tests/lab")
+    return os.environ[variable]
+
+
+@functools.cache
+def client_program() -> str:
+    """The C client, built if it is not there or older than its sources."""
+    program = SOURCES / "build" / "vhost-blk-client"
+    newest = max(file.stat().st_mtime for file in SOURCES.iterdir() if file.suffix in (".c", ".h"))
+    if not program.exists() or program.stat().st_mtime < newest:
+        if not shutil.which("gcc"):
+            pytest.skip("no gcc for userspace/client: tools/setup base installs it")
+        out = Path(tempfile.gettempdir(), f"vhost-blk-client-{os.getuid()}")
+        subprocess.run(["make", "-s", "-C", str(SOURCES), f"OUT={out}"], check=True, timeout=100)
+        program = out / "vhost-blk-client"
+    return str(program)
+
+
+def start_client(path: str, *options: object) -> subprocess.Popen[str]:
+    """The C client, running."""
+    command = [client_program(), *map(str, options), path]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_client(path: str, *options: object, status: int = 0) -> dict[str, Any]:
+    """What the C client reports; it has to end with *status*, and its words are under ``error``."""
+    with start_client(path, *options) as process:
+        try:
+            out, error = process.communicate(timeout=60)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == status, f"client ended with {process.returncode}: {error}"
+    return {**(json.loads(out) if out else {}), "error": error}
+
+
+@dataclass
+class Bridge:
+    """``vdpa-bridge serve``, running."""
+
+    target: str
+    path: str
+    log: Path
+    process: subprocess.Popen[str]
+
+    def device(self, kind: str, vdpa: str = "off", timeout: float = 10) -> Device:
+        """A front-end of ours on it."""
+        return Device(Target.parse(f"vhost-user:{self.path}?type={kind}&vdpa={vdpa}&timeout={timeout}").open())
+
+    def settle(self) -> None:
+        """Return when the last client's session is over: the next one is answered only then."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(20)
+            sock.connect(self.path)
+            sock.sendall(struct.pack("=III", 1, 1, 0))
+            assert sock.recv(64), f"the server hung up: {self.said()}"
+
+    def release(self) -> None:
+        """Return when the device is free for others to open."""
+        self.settle()
+        if not self.target.startswith("/dev/"):
+            return
+        end = time.monotonic() + 10
+        while True:
+            try:
+                os.close(os.open(self.target, os.O_RDWR | os.O_CLOEXEC))
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+
+    def said(self) -> str:
+        """The log so far."""
+        return self.log.read_text()
+
+    def works(self) -> None:
+        """The next client is served, whatever happened to the last one."""
+        run_client(self.path, "--requests", 20)
+
+    def expenses(self) -> dict[str, int]:
+        """What the process did so far: context switches of all its threads, read and write calls, CPU ticks."""
+        root = Path(f"/proc/{self.process.pid}")
+        total = {"switches": 0, "calls": 0, "ticks": 0}
+        for task in (root / "task").iterdir():
+            for line in (task / "status").read_text().splitlines():
+                if "ctxt_switches" in line:
+                    total["switches"] += int(line.split()[1])
+        for line in (root / "io").read_text().splitlines():
+            if line.startswith(("syscr", "syscw")):
+                total["calls"] += int(line.split()[1])
+        fields = (root / "stat").read_text().rsplit(")", 1)[1].split()
+        total["ticks"] = int(fields[11]) + int(fields[12])
+        return total
+
+
+@contextmanager
+def bridging(target: str, *options: str, memlock: int | None = None) -> Iterator[Bridge]:
+    """*target* served to others; *memlock* bytes of RLIMIT_MEMLOCK for the server."""
+    with tempfile.TemporaryDirectory(prefix="vb") as directory:
+        path, log = f"{directory}/s", Path(directory, "log")
+        command = [sys.executable, "-m", "vdpa_bridge", "serve", target, "--socket-path", path, *options]
+        before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        with log.open("w") as output:
+            if memlock is not None:
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, before[1]))
+            try:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True)
+            finally:
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+        try:
+            end = time.monotonic() + 30
+            while "serving" not in log.read_text():
+                assert process.poll() is None, f"no server for {target}: {log.read_text()}"
+                assert time.monotonic() < end, f"no server for {target} within 30 s: {log.read_text()}"
+                time.sleep(0.05)
+            bridge = Bridge(target, path, log, process)
+            bridge.release()  # it has opened the device for the first client already, and gives it back after it
+            yield bridge
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
