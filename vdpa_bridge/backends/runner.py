@@ -170,9 +170,9 @@ class Runner:
                     self._pending.add(index)
                 self._pending.update(i for i, other in self.rings.items() if other.short and other is not ring and other.queue.enable_kick())
             except Exception as error:  # a model or a driver at fault must not take the process down
-                if ring.queue.broken is None:
+                if not any(other.queue.broken for other in self.rings.values()):  # those end below, whichever queue was looked at
                     _log.exception("%s: queue %d: the model failed", self._name, index)
-                self._break(index, str(error))
+                    self._break(index, str(error))
         for index, ring in list(self.rings.items()):
             if ring.call_due:
                 ring.call_due = False
