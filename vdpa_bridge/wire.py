@@ -71,7 +71,7 @@ class Struct(Payload):
     layout: ClassVar[struct.Struct]
     fd_field: ClassVar[str | None] = None
     names: ClassVar[tuple[str, ...]] = ()
-    _values: ClassVar[Callable[[Any], tuple[int, ...]] | None]
+    _values: ClassVar[Callable[[Any], Any] | None]
 
     def __init_subclass__(cls, pad: int = 0) -> None:
         dataclass(frozen=True)(cls)
@@ -84,12 +84,13 @@ class Struct(Payload):
             if "fd" in notes:
                 cls.fd_field = name
         cls.layout = struct.Struct("=" + codes + f"{pad}x" * bool(pad))
-        cls._values = attrgetter(*cls.names) if len(cls.names) > 1 else None
+        cls._values = attrgetter(*cls.names) if cls.names else None
 
     def pack(self) -> bytes:
-        if self._values is not None:
-            return self.layout.pack(*type(self)._values(self))  # type: ignore[misc]
-        return self.layout.pack(*[getattr(self, name) for name in self.names])
+        kind = type(self)
+        if len(kind.names) == 1:
+            return kind.layout.pack(kind._values(self))  # type: ignore[misc]
+        return kind.layout.pack(*kind._values(self)) if kind.names else b""  # type: ignore[misc]
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> Self:

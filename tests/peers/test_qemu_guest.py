@@ -41,8 +41,8 @@ def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-@pytest.mark.parametrize("queues", [1, 2])
-def test_guest_reads_and_writes_our_disk(short_dir: Path, caplog: pytest.LogCaptureFixture, queues: int) -> None:
+@pytest.mark.parametrize(("queues", "packed"), [(1, "off"), (2, "off"), (2, "on")])
+def test_guest_reads_and_writes_our_disk(short_dir: Path, caplog: pytest.LogCaptureFixture, queues: int, packed: str) -> None:
     disk = short_dir / "disk"
     before = bytearray(random.Random(queues).randbytes(SECTORS * 512))
     disk.write_bytes(before)
@@ -52,7 +52,7 @@ def test_guest_reads_and_writes_our_disk(short_dir: Path, caplog: pytest.LogCapt
         result = run_guest(
             SCRIPT,
             modules=["virtio_blk"],
-            qemu_args=["-chardev", f"socket,id=c0,path={path}", "-device", f"vhost-user-blk-pci,chardev=c0,num-queues={queues}"],
+            qemu_args=["-chardev", f"socket,id=c0,path={path}", "-device", f"vhost-user-blk-pci,chardev=c0,num-queues={queues},packed={packed}"],
             cpus=1,
             timeout=90,
         )

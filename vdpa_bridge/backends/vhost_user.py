@@ -17,8 +17,8 @@ from ..flags import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature
 from ..ops import Call, Op, Rep, Req
 from ..vhost_user import messages
 from ..vhost_user.connection import Connection
-from ..vhost_user.framing import HEADER, frame
-from ..vhost_user.vdpa_mode import HELLO_OP, LEAST_HELLO, OUR_HELLO, Hello, check_hello, parse_reply, request_bytes
+from ..vhost_user.framing import HEADER, MAX_FDS, frame
+from ..vhost_user.vdpa_mode import BUNDLE_BYTES, HELLO_OP, LEAST_HELLO, OUR_HELLO, Hello, check_hello, parse_reply, request_bytes
 from ..wire import EMPTY, U64, Payload
 from .base import ABSENT, NATIVE, Backend, Capability
 from .hints import hint, lacking
@@ -28,8 +28,6 @@ _REPLY_BUDGET = 65536
 """Bytes of replies that may be under way: less than a socket buffer, so that neither side blocks the other."""
 _BESIDE_HELLO = replace(LEAST_HELLO, max_requests=LEAST_HELLO.max_requests - 1)
 """Limits until the peer's HELLO is read: one request is under way, HELLO."""
-_SEGMENT = 16384
-"""Bytes sent by one system call."""
 
 
 def open_vhost_user(
@@ -115,34 +113,16 @@ class VhostUserVdpa(Backend):
         for part in self._portions(calls):
             unsent: set[int] = set()
             what = f"{part[0][0].name} and {len(part) - 1} more requests"
-            for first, data, fds in list(self._segments(part)):  # all made before any is sent: a wrong request must not leave half a burst
-                if not self._connection.send(data, fds, what):  # the first message goes missing with its descriptors
-                    unsent.add(first)
-                    if rest := data[HEADER.size + HEADER.unpack_from(data)[2] :]:
-                        self._connection.send(rest, (), what)
+            messages = [self._request(op, request) for op, request in part]  # a wrong one must not leave half a burst
+            for bundle in _bundles(messages):
+                data = b"".join([messages[at][0] for at in bundle])
+                fds = [fd for at in bundle for fd in messages[at][1]]
+                if not self._connection.send(data, fds, what):  # one of the descriptors is not open: find out which
+                    unsent |= {at for at in bundle if not self._connection.send(*messages[at], what)}
             for at, (op, _) in enumerate(part):
                 error, reply = (errno.EBADF, None) if at in unsent else self._answer(op)
                 results.append(self._refused(op, error) if reply is None else reply)
         return results
-
-    def _segments(self, calls: Sequence[Call]) -> Iterator[tuple[int, bytes, tuple[int, ...]]]:
-        """As few sends as possible: a message that brings descriptors starts a new one, the next without follow in it.
-
-        Each is the place of its first message in *calls*, its bytes, and the descriptors of that message.
-        """
-        data = bytearray()
-        beside: tuple[int, ...] = ()
-        first = 0
-        for at, (op, request) in enumerate(calls):
-            more, fds = self._request(op, request)
-            if data and (fds or len(data) + len(more) > _SEGMENT):
-                yield first, bytes(data), beside
-                data.clear()
-                beside, first = (), at
-            beside = beside or fds
-            data += more
-        if data:
-            yield first, bytes(data), beside
 
     def _portions(self, calls: Sequence[Call]) -> Iterator[Sequence[Call]]:
         """Cut *calls* so that neither the peer's request limit nor our receive buffer is exceeded."""
@@ -172,3 +152,16 @@ class VhostUserVdpa(Backend):
     def close(self) -> None:
         """Hang up; the peer resets the device then."""
         self._connection.close()
+
+
+def _bundles(messages: Sequence[tuple[bytes, Sequence[int]]]) -> Iterator[range]:
+    """Which messages go out by one system call: as many as its bytes and descriptors allow."""
+    start = size = count = 0
+    for at, (data, fds) in enumerate(messages):
+        if at > start and (size + len(data) > BUNDLE_BYTES or count + len(fds) > MAX_FDS):
+            yield range(start, at)
+            start, size, count = at, 0, 0
+        size += len(data)
+        count += len(fds)
+    if start < len(messages):
+        yield range(start, len(messages))

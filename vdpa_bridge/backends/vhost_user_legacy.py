@@ -273,7 +273,7 @@ class VhostUserLegacy(RuledBackend):
                 count = self._ask_u64(m.GET_QUEUE_NUM)
                 if self._device_id == DeviceId.NET:  # the message counts pairs there
                     count = 2 * count + bool(self._offered & 1 << 17)
-            if not 0 < count <= 0x100:
+            if not 0 < count <= 0x201:  # 256 pairs and a control queue
                 raise RemoteProtocolError(f"{self.name}: GET_QUEUE_NUM says {count} queues")
             self._queue_count = count
         return self._queue_count
@@ -332,6 +332,8 @@ class VhostUserLegacy(RuledBackend):
         """Everything about a ring but its enabling, SET_VRING_KICK last because it starts it."""
         if ring.addr is None:
             raise refuse(errno.EINVAL, f"queue {index} is enabled but has no address")
+        if index > 0xFF:
+            raise refuse(errno.EINVAL, f"queue {index}: legacy messages number rings with 8 bits")
         self._tell(m.SET_VRING_NUM, VringState(index, ring.num).pack())
         self._tell(m.SET_VRING_BASE, VringState(index, self._base(ring)).pack())
         self._tell(m.SET_VRING_ADDR, ring.addr.pack())

@@ -76,6 +76,7 @@ class Receiver:
         self._describe = describe
         self._buffer = bytearray()
         self._at = 0
+        self._cut = False
         self._fds: deque[int] = deque()
 
     @property
@@ -83,9 +84,10 @@ class Receiver:
         """True in the middle of a message."""
         return len(self._buffer) > self._at
 
-    def feed(self, data: bytes | memoryview, fds: list[int]) -> None:
-        """Take what one recvmsg delivered; the descriptors are ours now."""
+    def feed(self, data: bytes | memoryview, fds: list[int], *, cut: bool = False) -> None:
+        """Take what one recvmsg delivered; the descriptors are ours now. *cut*: it filled its buffer, more is there."""
         self._buffer += data
+        self._cut = cut
         if fds:
             self._fds.extend(fds)
             if len(self._fds) > MAX_FDS:
@@ -127,7 +129,7 @@ class Receiver:
         last = self._at == len(self._buffer)
         take = most if last else least  # an optional descriptor is this message's only when no other message follows
         result.fds = [self._fds.popleft() for _ in range(min(take, len(self._fds)))]
-        if last and self._fds:
+        if last and self._fds and not self._cut:
             count = len(self._fds)
             result.close()
             raise RemoteProtocolError(f"{self._describe(result.request)}: {count} more descriptors than the message announces", result.request)

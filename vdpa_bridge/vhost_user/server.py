@@ -148,23 +148,17 @@ class Server:
                 _log.exception("%s: closing the device failed", self.path)
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
-        flags = socket.MSG_CMSG_CLOEXEC
-        replies = b""
         while True:
-            if receiver.partial and not flags & socket.MSG_DONTWAIT and not _readable([client.fileno()], self._timeout):
+            if receiver.partial and not _readable([client.fileno()], self._timeout):
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
-            if session.event >= 0 and not flags & socket.MSG_DONTWAIT:
+            if session.event >= 0:
                 ready = _readable([client.fileno(), session.event])
                 if session.event in ready:
                     session.on_event()
                 if client.fileno() not in ready:
                     continue
             try:
-                count, ancillary, got, _ = client.recvmsg_into([self._view], _ANCILLARY, flags)
-            except BlockingIOError:  # the burst is over: answer it
-                _send(client, replies)
-                replies, flags = b"", socket.MSG_CMSG_CLOEXEC
-                continue
+                count, ancillary, got, _ = client.recvmsg_into([self._view], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
             except ConnectionResetError:
                 count, ancillary, got = 0, [], 0
             fds = _descriptors(ancillary) if ancillary else []
@@ -178,7 +172,8 @@ class Server:
                 if receiver.partial:
                     raise RemoteProtocolError("the client hung up in the middle of a message")
                 raise PeerClosed("the client hung up")
-            receiver.feed(self._view[:count], fds)
+            receiver.feed(self._view[:count], fds, cut=count == _CHUNK)
+            replies = b""
             try:
                 while (message := receiver.next()) is not None:
                     replies += session.handle(message)
@@ -186,11 +181,7 @@ class Server:
                 with contextlib.suppress(RemoteProtocolError):
                     _send(client, replies)  # what came before the wrong message has its answer
                 raise
-            if (fds or receiver.partial) and len(replies) < _CHUNK:
-                flags |= socket.MSG_DONTWAIT  # a burst is cut behind each descriptor: answer it as a whole
-            else:
-                _send(client, replies)
-                replies, flags = b"", socket.MSG_CMSG_CLOEXEC
+            _send(client, replies)
 
 
 def _readable(fds: list[int], timeout: float | None = None) -> set[int]:

@@ -20,7 +20,7 @@ from . import messages as m
 from .framing import VERSION, Frame
 from .legacy_server import LegacyService
 from .messages import message_name
-from .vdpa_mode import HELLO_OP, OUR_HELLO, Hello, check_hello, parse_request, reply_bytes
+from .vdpa_mode import HELLO_OP, OUR_HELLO, Hello, answer_bytes, check_hello, parse_request, reply_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Session:
             raise RemoteProtocolError(f"{message_name(number)}: flags {message.flags:#x}, a request has {VERSION:#x}", number)
         try:
             op, request = parse_request(message)
-            return reply_bytes(number, 0, self._backend.call(op, request))
+            return answer_bytes(op, self._backend.call(op, request))
         except OSError as error:
             if error.errno is None:
                 raise

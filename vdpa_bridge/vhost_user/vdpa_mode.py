@@ -24,6 +24,9 @@ MAX_PAYLOAD = 4096 + 64
 MAX_REQUESTS = 256
 """Requests that a front-end may have under way before it reads the first reply."""
 
+BUNDLE_BYTES = 16384
+"""Bytes of messages that may go out by one sendmsg with descriptors (docs/vhost-user-vdpa.md, "Descriptors")."""
+
 _ERRNO = struct.Struct("=II")
 _BEHIND = HEADER.size + _ERRNO.size
 
@@ -88,6 +91,14 @@ def parse_request(frame: Frame) -> tuple[Op[Any, Any], Payload]:
             raise ValueError(f"{op.name} takes no payload, {len(frame.payload)} bytes came")
         return op, EMPTY
     return op, op.request.from_message(frame.payload, frame.fds)
+
+
+def answer_bytes(op: Op[Any, Rep], reply: Rep) -> bytes:
+    """The reply to a request that was carried out."""
+    begin = _SUCCESS.get(op)
+    if begin is None:
+        return reply_bytes(op.number, 0, reply)
+    return begin if reply is EMPTY else begin + reply.pack()
 
 
 def reply_bytes(number: int, error: int, reply: Payload = EMPTY) -> bytes:
