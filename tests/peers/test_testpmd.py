@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -53,7 +54,7 @@ def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str 
     source, sink, log = directory / "in.pcap", directory / "out.pcap", directory / "log"
     write_pcap(source, frames)
     command = [
-        *("dpdk-testpmd", "--lcores", "0@0,1@1", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf"),
+        *("dpdk-testpmd", "--lcores", f"0@0,1@{min(1, (os.cpu_count() or 1) - 1)}", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf"),
         *("--vdev", f"net_virtio_user0,path={socket_path},queue_size=256{options}"),
         *("--vdev", f"net_pcap0,rx_pcap={source},tx_pcap={sink}"),
         *("--", "--nb-cores=1", "--forward-mode=io", "--no-flush-rx", "--auto-start", "--stats-period=1", "--total-num-mbufs=4096"),
