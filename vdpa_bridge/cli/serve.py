@@ -45,7 +45,7 @@ class _Parsed(IntType):
 
 @click.command(
     cls=Command,
-    short_help="Serve devices to vhost-user clients.",
+    short_help="Serve a device to vhost-user clients.",
     examples="""
 vdpa-bridge serve 'model:blk?file=disk.img' --socket-path /run/disk.sock
 vdpa-bridge serve /dev/vhost-vdpa-0 --socket-path /run/hw.sock --socket-mode 660 --socket-group kvm
