@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import device_error
+from ..errors import device_error, reason
 from ..eventfd import EventFd
 from ..flags import BackendFeature as B
 from ..flags import Feature, Status
@@ -222,7 +222,7 @@ class ModelBackend(RuledBackend):
                 packed=bool(accepted & Feature.RING_PACKED),
             )
         except (OSError, ValueError) as error:
-            self._ring_broke(index, str(error))
+            self._ring_broke(index, reason(error))
             return
         self._runner.add(index, ServedQueue(queue, ring.kick, ring.call))
 
