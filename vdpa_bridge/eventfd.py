@@ -86,6 +86,13 @@ def kick(fd: int) -> None:
         event.close()
 
 
+def was_kicked(fd: int) -> bool:
+    """Whether there was a kick that nobody has read, as kernel devices never do."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Metronome:
     """Kicks for a driver that does not kick: a thread that adds 1 to each of its eventfds every *period* seconds.
 

@@ -19,7 +19,7 @@ from .. import ops
 from ..backends.base import Backend
 from ..device import UNDERSTOOD, first_error
 from ..errors import RemoteProtocolError, reason
-from ..eventfd import Metronome, kick
+from ..eventfd import Metronome, kick, was_kicked
 from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status, without
 from ..flags import ProtocolFeature as P
 from ..ops import Call
@@ -219,7 +219,8 @@ class LegacyService:
             raise
         self._running = True
         for ring in ready.values():
-            kick(ring.kick)  # for what was made available before: a device that was restarted has forgotten the kick
+            if was_kicked(ring.kick):
+                kick(ring.kick)  # a kick before DRIVER_OK is lost (vdpa_sim_net.c, vdpa_sim_blk.c), and so is one before a restart
 
     @contextmanager
     def _at_rest(self) -> Iterator[bool]:
@@ -361,6 +362,8 @@ class LegacyService:
             with self._at_rest() if replaced or moved else nullcontext():
                 if self._mapped:
                     self._all(self._batch([*(old.gone for old in gone), *(new.there for new in fresh)]))
+        except OSError as error:  # the table before is gone, and there is nothing to go back to
+            raise ValueError(reason(error)) from None
         finally:
             for region in gone:
                 region.close()

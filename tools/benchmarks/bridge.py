@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What a bridge costs requests: a client in C on a kernel disk, directly and through ``vdpa-bridge serve``, in the lab.
+
+The same program and the same ring code (userspace/client) open /dev/vhost-vdpa-N themselves or let the bridge do it; they
+take turns. Figures are medians of requests per second, writes and verified reads of 4 KiB. The lab's CPU is emulated:
+the ratios count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from control import REPO, Goal, running
+from serve import client
+
+DISKS = {"vdpa_sim_blk": "VDPA_SIM_BLK", "vp_vdpa (virtio-pci behind an IOMMU)": "VDPA_VP_BLK"}
+DEPTHS = (1, 8)
+MOST = 1.1
+
+
+def wait_until_free(node: str) -> None:
+    """The server gives the device back a moment after its client has gone."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            os.close(os.open(node, os.O_RDWR))
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise SystemExit(f"bench: {node}: {error.strerror}") from None
+            time.sleep(0.01)
+
+
+def sample(place: str, depth: int, requests: int) -> dict[str, float]:
+    """Requests per second of one session at *place*, a node or a socket."""
+    command = [client(), "--requests", str(requests), "--depth", str(depth), place]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise SystemExit(f"bench: {' '.join(command)}: {done.stderr}")
+    report = json.loads(done.stdout)
+    return {kind: report[kind]["iops"] for kind in ("writes", "reads")}
+
+
+def measure(node: str, requests: int, repeat: int) -> list[dict[str, Any]]:
+    """One row per depth and kind of request."""
+    samples: dict[tuple[int, str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="vbb") as directory:
+        path = Path(directory, "s")
+        with running([sys.executable, "-m", "vdpa_bridge", "serve", node, "--socket-path", str(path)], path):
+            sample(str(path), 1, 10)  # the server has the device open for its first client
+            for turn in range(repeat + 1):
+                for depth in DEPTHS:
+                    for way, place in (("direct", node), ("bridge", str(path))):
+                        wait_until_free(node)
+                        for kind, rate in sample(place, depth, requests).items():
+                            if turn:
+                                samples.setdefault((depth, kind, way), []).append(rate)
+    median = {key: statistics.median(rates) for key, rates in samples.items()}
+    return [
+        {"depth": depth, "kind": kind, "direct": median[depth, kind, "direct"], "bridge": median[depth, kind, "bridge"]}
+        for depth in DEPTHS
+        for kind in ("writes", "reads")
+    ]
+
+
+def in_the_lab(requests: int, repeat: int) -> dict[str, list[dict[str, Any]]]:
+    """Measured by this program in the guest."""
+    client()
+    with tempfile.TemporaryDirectory(prefix="vbb") as out:
+        inner = f"exec python {Path(__file__).relative_to(REPO)} --here --requests {requests} --repeat {repeat} --json $LAB_OUT/r"
+        done = subprocess.run(
+            [str(REPO / "tools/lab"), "--guest", "--out", out, "sh", "-c", inner], capture_output=True, text=True, timeout=600, check=False
+        )
+        result = Path(out) / "r"
+        if done.returncode or not result.exists():
+            raise SystemExit(f"bench: no figures from the lab:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        disks: dict[str, list[dict[str, Any]]] = json.loads(result.read_text())["disks"]
+        return disks
+
+
+def goals(disks: dict[str, list[dict[str, Any]]]) -> list[Goal]:
+    """Per disk, all kinds of requests together: a single one of them is at the mercy of the emulation."""
+    return [Goal(f"{name}: direct / bridge", statistics.geometric_mean(row["direct"] / row["bridge"] for row in rows), MOST) for name, rows in disks.items()]
+
+
+def show(report: dict[str, Any]) -> None:
+    """A table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=110)
+    table = Table("disk", "requests", "in flight", "direct, 1/s", "bridge, 1/s", "direct / bridge", title="requests of 4 KiB, median rates, in the lab")
+    for name, rows in report["disks"].items():
+        for row in rows:
+            table.add_row(
+                name, row["kind"], str(row["depth"]), f"{row['direct']:,.0f}", f"{row['bridge']:,.0f}", f"{row['direct'] / row['bridge']:.2f}"
+            )
+    console.print(table)
+    for goal in report["goals"]:
+        mark = "reached" if goal["value"] <= goal["most"] else "MISSED"
+        console.print(f"{goal['what']}: {goal['value']:.2f} (goal: at most {goal['most']:g}) {mark}")
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(prog="tools/bench bridge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1000, help="of each kind in one sample (default 1000)")
+    parser.add_argument("--repeat", type=int, default=7, help="samples, of which the median counts (default 7)")
+    parser.add_argument("--here", action="store_true", help="on this kernel, with the nodes in $VDPA_SIM_BLK and $VDPA_VP_BLK, instead of in the lab")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there ('-': standard output) instead of a table")
+    arguments = parser.parse_args()
+    if arguments.here:
+        nodes = {name: os.environ[variable] for name, variable in DISKS.items() if variable in os.environ}
+        if not nodes:
+            parser.error("--here: neither $VDPA_SIM_BLK nor $VDPA_VP_BLK is set")
+        disks = {name: measure(node, arguments.requests, arguments.repeat) for name, node in nodes.items()}
+    else:
+        disks = in_the_lab(arguments.requests, arguments.repeat)
+    report: dict[str, Any] = {"disks": disks, "goals": [asdict(goal) for goal in goals(disks)]}
+    text = json.dumps(report, indent=1)
+    if arguments.json == "-":
+        print(text)
+    elif arguments.json:
+        Path(arguments.json).write_text(text)
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()
