@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -41,8 +42,15 @@ class Serve:
         assert self.process.stdout is not None
         self.out = self.process.stdout
         self._reader = threading.Thread(target=self._read, daemon=True)
-        if not deaf:
-            self._reader.start()
+        if deaf:
+            assert self.process.stderr is not None
+            fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        else:
+            self.listen()
+
+    def listen(self) -> None:
+        """Read the log from now on."""
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None

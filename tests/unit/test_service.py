@@ -19,8 +19,10 @@ import pytest
 from tests.support.homes import socket_path
 from tests.support.raw import ENTER, HELLO, Raw
 from tests.support.service import Serve, disk, listening, refused, serving, works
+from vdpa_bridge import ops
 from vdpa_bridge.drivers import BlkDriver
-from vdpa_bridge.vhost_user.framing import HEADER
+from vdpa_bridge.vhost_user.framing import HEADER, frame
+from vdpa_bridge.wire import EMPTY
 
 
 @pytest.fixture
@@ -85,14 +87,29 @@ def test_a_client_that_misbehaves_is_dropped_with_its_reason_and_the_other_devic
 
 def test_a_log_that_nobody_reads_stalls_nobody(folder: Path) -> None:
     path = folder / "s"
-    with serving(str(path) + "=model:blk", deaf=True) as server:
+
+    def misbehave() -> None:
+        with Raw(str(path)) as raw:
+            raw.send(HEADER.pack(1, 1, 1 << 30))
+            assert raw.hung_up()
+
+    with serving(f"{path}=model:blk", "-v", deaf=True) as server:
         server.ready()
-        for _ in range(700):  # lines of a hundred bytes and more: the pipe takes 64 KiB
-            with Raw(str(path)) as raw:
-                raw.send(HEADER.pack(1, 1, 1 << 30))
-                assert raw.hung_up()
+        for _ in range(700):  # two lines for each, more than pipe and queue take
+            misbehave()
         works(path)
-        assert server.end() < 2
+        server.listen()
+        server.logs(f"connect pid={os.getpid()}")
+        deadline = time.monotonic() + 10
+        while "lines_lost_before=" not in server.log and time.monotonic() < deadline:
+            misbehave()
+        server.logs(r"lines_lost_before=\d\d+")
+        server.end()
+    with serving(f"{path}=model:blk", "-v", deaf=True) as server:
+        server.ready()
+        for _ in range(100):
+            misbehave()
+        assert server.end() < 2, "the end does not wait for the log's reader either"
 
 
 def test_one_that_cannot_be_opened_keeps_all_from_starting_or_is_tried_again(folder: Path) -> None:
@@ -303,3 +320,29 @@ def test_descriptors_are_enough_where_the_soft_limit_is_low(folder: Path) -> Non
         server.end()
     finally:
         server.close()
+
+
+def test_a_device_that_hangs_stalls_no_other_and_not_the_end(folder: Path) -> None:
+    """The device behind one of two sockets stops in the middle of an operation: its process is frozen."""
+    inner, outer, other = folder / "inner", folder / "outer", folder / "other"
+    with serving(f"{inner}=model:blk") as frozen:
+        frozen.ready()
+        with serving(f"{outer}=vhost-user:{inner}?timeout=60", f"{other}=model:blk") as server:
+            server.ready(2)
+            works(outer)
+            with Raw(str(outer)) as raw:
+                raw.enter()
+                assert raw.ask(ops.SET_OWNER, EMPTY) == 0
+                frozen.process.send_signal(signal.SIGSTOP)
+                raw.send(frame(ops.GET_STATUS.number))
+                works(other)
+                server.process.send_signal(signal.SIGHUP)
+                works(other, b"h")
+                start = time.monotonic()
+                server.process.terminate()
+                while other.exists() or outer.exists():
+                    assert time.monotonic() < start + 1, "sockets go at once"
+                assert server.wait() == 1
+                assert time.monotonic() < start + 8
+            assert re.search(r"ERROR outer: stuck: not given back within 5 s", server.log)
+            assert "other: stuck" not in server.log

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import socket
 import stat
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from tests.support.homes import socket_path
 from tests.support.service import PATIENCE, Serve, disk, launched, listening, refused, serial, serving, works
+from vdpa_bridge.service.listening import Listener
 
 
 @pytest.fixture
@@ -92,30 +94,49 @@ def test_of_servers_that_start_at_once_on_a_stale_socket_one_wins(folder: Path) 
             server.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives a socket to a group of others: run as root")
-def test_mode_and_group_are_right_from_the_first_moment(folder: Path) -> None:
-    """A watcher that looks all the time never sees a socket that others could use too early."""
-    path, seen, done = folder / "s", set(), threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            try:
-                found = path.stat()
-                seen.add((stat.S_IMODE(found.st_mode), found.st_gid))
-            except FileNotFoundError:
-                pass
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def test_others_of_our_kind_wait_while_one_looks_at_a_socket(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        with serving("model:blk", "--socket-path", str(path), "--socket-mode", "662", "--socket-group", "12345") as server:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with serving("model:blk", "--socket-path", f"{folder}/s") as server:
+            time.sleep(1)
+            assert not (folder / "s").exists()
+            fcntl.flock(lock, fcntl.LOCK_UN)
             server.ready()
-            assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) == (0o662, 12345)
             server.end()
     finally:
-        done.set()
-        watcher.join()
-    assert seen <= {(0, os.getegid()), (0, 12345), (0o662, 12345)}
+        os.close(lock)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a socket to a group of others: run as root")
+def test_mode_and_group_are_as_asked_for(folder: Path) -> None:
+    path = folder / "s"
+    with serving("model:blk", "--socket-path", str(path), "--socket-mode", "662", "--socket-group", "12345") as server:
+        server.ready()
+        assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) == (0o662, 12345)
+        server.end()
+
+
+def test_nobody_can_connect_before_the_mode_is_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, chmod, seen = str(folder / "s"), os.chmod, []
+
+    def looks_first(where: str, mode: int) -> None:
+        seen.append(stat.S_IMODE(os.stat(path).st_mode))
+        with socket.socket(socket.AF_UNIX) as early, pytest.raises((ConnectionRefusedError, PermissionError)):
+            early.connect(path)
+        chmod(where, mode)
+
+    monkeypatch.setattr(os, "chmod", looks_first)
+    mask = os.umask(0)
+    try:
+        listener = Listener.bind(path, 0o640, os.getgid())
+        assert os.umask(0) == 0
+    finally:
+        os.umask(mask)
+    assert seen == [0]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+    listener.close()
+    assert not os.path.exists(path)
 
 
 # The service manager -----------------------------------------------------------------------------------------------------

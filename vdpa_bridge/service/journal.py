@@ -22,7 +22,7 @@ from .listening import PeerCredentials
 
 FORMATS = ("text", "json")
 LOGGER = logging.getLogger("vdpa_bridge")
-_QUEUED = 4096
+_QUEUED = 1024
 _PATIENCE = 0.5
 """Seconds for the last lines to be written."""
 RINGS = "rings of "
@@ -57,6 +57,7 @@ class _Queue(QueueHandler):
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Make *record* independent of its thread."""
         record = copy.copy(record)
+        record.msg, record.args = record.getMessage(), None
         if not hasattr(record, "device"):
             name = record.threadName or ""
             record.device = CONTEXT.device or (name.removeprefix(RINGS) if name.startswith(RINGS) else "")

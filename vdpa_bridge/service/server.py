@@ -103,12 +103,14 @@ class ServiceServer(Server):
     def _serve(self, client: socket.socket) -> None:
         try:
             self.peer = CONTEXT.peer = PeerCredentials.of(client)
-            self._opened = self.device.open()
+            try:
+                self._opened = self.device.open()
+            except (OSError, ProtocolError, ValueError) as error:
+                event(logging.ERROR, "refuse", f"cannot open the device: {reason(error)}")
+                return
             event(logging.INFO, "connect")
             self._on_client()
             super()._serve(client)
-        except (OSError, ProtocolError, ValueError) as error:
-            event(logging.ERROR, "refuse", f"cannot open the device: {reason(error)}")
         finally:
             self.peer = CONTEXT.peer = None
             self._on_client()
