@@ -2,8 +2,10 @@
 """What a bridge costs requests: a client in C on a kernel disk, directly and through ``vdpa-bridge serve``, in the lab.
 
 The same program and the same ring code (userspace/client) open /dev/vhost-vdpa-N themselves or let the bridge do it; they
-take turns. Figures are medians of requests per second, writes and verified reads of 4 KiB. The lab's CPU is emulated:
-the ratios count.
+take turns. Figures are medians of requests per second, writes and verified reads of 4 KiB, and of the ratio in each turn:
+the lab's CPU is emulated, the ratios count. The simulator is shown without a goal: it is a thread of the kernel that works
+in the address space of whoever owns the device (vdpasim_bind_mm), so a client that is not the owner costs it a change of
+address space per wake-up, which is dear under emulation. Hardware has nothing of the kind.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from typing import Any
 from control import REPO, Goal, running
 from serve import client
 
-DISKS = {"vdpa_sim_blk": "VDPA_SIM_BLK", "vp_vdpa (virtio-pci behind an IOMMU)": "VDPA_VP_BLK"}
+HARDWARE = "vp_vdpa (virtio-pci behind an IOMMU)"
+DISKS = {"vdpa_sim_blk": "VDPA_SIM_BLK", HARDWARE: "VDPA_VP_BLK"}
 DEPTHS = (1, 8)
 MOST = 1.1
 
@@ -60,18 +63,19 @@ def measure(node: str, requests: int, repeat: int) -> list[dict[str, Any]]:
         with running([sys.executable, "-m", "vdpa_bridge", "serve", node, "--socket-path", str(path)], path):
             sample(str(path), 1, 10)  # the server has the device open for its first client
             for turn in range(repeat + 1):
+                ways = (("direct", node), ("bridge", str(path)))
                 for depth in DEPTHS:
-                    for way, place in (("direct", node), ("bridge", str(path))):
+                    for way, place in ways if turn % 2 else reversed(ways):
                         wait_until_free(node)
                         for kind, rate in sample(place, depth, requests).items():
                             if turn:
                                 samples.setdefault((depth, kind, way), []).append(rate)
-    median = {key: statistics.median(rates) for key, rates in samples.items()}
-    return [
-        {"depth": depth, "kind": kind, "direct": median[depth, kind, "direct"], "bridge": median[depth, kind, "bridge"]}
-        for depth in DEPTHS
-        for kind in ("writes", "reads")
-    ]
+    rows = []
+    for depth, kind in ((depth, kind) for depth in DEPTHS for kind in ("writes", "reads")):
+        direct, bridge = (samples[depth, kind, way] for way in ("direct", "bridge"))
+        ratio = statistics.median(one / other for one, other in zip(direct, bridge, strict=True))
+        rows.append({"depth": depth, "kind": kind, "direct": statistics.median(direct), "bridge": statistics.median(bridge), "ratio": ratio})
+    return rows
 
 
 def in_the_lab(requests: int, repeat: int) -> dict[str, list[dict[str, Any]]]:
@@ -90,8 +94,8 @@ def in_the_lab(requests: int, repeat: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def goals(disks: dict[str, list[dict[str, Any]]]) -> list[Goal]:
-    """Per disk, all kinds of requests together: a single one of them is at the mercy of the emulation."""
-    return [Goal(f"{name}: direct / bridge", statistics.geometric_mean(row["direct"] / row["bridge"] for row in rows), MOST) for name, rows in disks.items()]
+    """For hardware, all kinds of requests together: a single one of them is at the mercy of the emulation."""
+    return [Goal(f"{HARDWARE}: direct / bridge", statistics.geometric_mean(row["ratio"] for row in disks[HARDWARE]), MOST)] if HARDWARE in disks else []
 
 
 def show(report: dict[str, Any]) -> None:
@@ -104,7 +108,7 @@ def show(report: dict[str, Any]) -> None:
     for name, rows in report["disks"].items():
         for row in rows:
             table.add_row(
-                name, row["kind"], str(row["depth"]), f"{row['direct']:,.0f}", f"{row['bridge']:,.0f}", f"{row['direct'] / row['bridge']:.2f}"
+                name, row["kind"], str(row["depth"]), f"{row['direct']:,.0f}", f"{row['bridge']:,.0f}", f"{row['ratio']:.2f}"
             )
     console.print(table)
     for goal in report["goals"]:
@@ -115,8 +119,8 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(prog="tools/bench bridge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1000, help="of each kind in one sample (default 1000)")
-    parser.add_argument("--repeat", type=int, default=7, help="samples, of which the median counts (default 7)")
+    parser.add_argument("--requests", type=int, default=3000, help="of each kind in one sample (default 3000)")
+    parser.add_argument("--repeat", type=int, default=8, help="turns, of which the median counts (default 8)")
     parser.add_argument("--here", action="store_true", help="on this kernel, with the nodes in $VDPA_SIM_BLK and $VDPA_VP_BLK, instead of in the lab")
     parser.add_argument("--json", metavar="FILE", help="write the figures there ('-': standard output) instead of a table")
     arguments = parser.parse_args()
