@@ -37,10 +37,11 @@ class EventFd:
         return None if fd == -1 else cls(fd)
 
     def signal(self) -> None:
-        """Add 1; nothing happens once closed."""
+        """Add 1; nothing happens once closed. Waits while the counter is full, or does nothing then if its owner made it so."""
         with self._lock:
             if self.fd >= 0:
-                os.eventfd_write(self.fd, 1)
+                with contextlib.suppress(BlockingIOError):  # there is an event waiting
+                    os.eventfd_write(self.fd, 1)
 
     def nudge(self) -> None:
         """``signal`` for callers that must not wait: nothing is added to a full counter, as there is an event waiting anyway.
