@@ -340,6 +340,7 @@ def test_a_device_that_hangs_stalls_no_other_and_not_the_end(folder: Path) -> No
                 raw.enter()
                 assert raw.ask(ops.SET_OWNER, EMPTY) == 0
                 frozen.process.send_signal(signal.SIGSTOP)
+                os.waitpid(frozen.process.pid, os.WUNTRACED)  # until all of its threads have stopped
                 raw.send(frame(ops.GET_STATUS.number))
                 works(other)
                 server.process.send_signal(signal.SIGHUP)
