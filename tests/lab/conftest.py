@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Bridges: the lab's nodes served by processes of their own, each started once (a second of the guest's time)."""
+"""Bridges: the lab's nodes served by another process, started once (seconds of the guest's time)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from collections.abc import Iterator
 
 import pytest
 
-from ..support.bridge import Bridge, bridging, node
+from ..support.bridge import Bridge, bridging_all, node
 
 
 @pytest.fixture(scope="session")
-def sim_blk() -> Iterator[Bridge]:
-    with bridging(node("SIM_BLK")) as bridge:
-        yield bridge
+def bridges() -> Iterator[dict[str, Bridge]]:
+    names = ("SIM_BLK", "VP_BLK", "SIM_NET", "VP_NET")
+    with bridging_all([node(name) for name in names]) as started:
+        yield dict(zip(names, started, strict=True))
 
 
 @pytest.fixture(scope="session")
-def vp_blk() -> Iterator[Bridge]:
-    with bridging(node("VP_BLK")) as bridge:
-        yield bridge
+def sim_blk(bridges: dict[str, Bridge]) -> Bridge:
+    return bridges["SIM_BLK"]
 
 
 @pytest.fixture(scope="session")
-def sim_net() -> Iterator[Bridge]:
-    with bridging(node("SIM_NET")) as bridge:
-        yield bridge
+def vp_blk(bridges: dict[str, Bridge]) -> Bridge:
+    return bridges["VP_BLK"]
 
 
 @pytest.fixture(scope="session")
-def vp_net() -> Iterator[Bridge]:
-    with bridging(node("VP_NET")) as bridge:
-        yield bridge
+def sim_net(bridges: dict[str, Bridge]) -> Bridge:
+    return bridges["SIM_NET"]
+
+
+@pytest.fixture(scope="session")
+def vp_net(bridges: dict[str, Bridge]) -> Bridge:
+    return bridges["VP_NET"]
 
 
 @pytest.fixture(params=["sim", "vp"])

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,11 +135,12 @@ class Bridge:
 
 
 @contextmanager
-def bridging(target: str, *options: str, memlock: int | None = None) -> Iterator[Bridge]:
-    """*target* served to others; *memlock* bytes of RLIMIT_MEMLOCK for the server."""
+def bridging_all(targets: Sequence[str], *options: str, memlock: int | None = None) -> Iterator[list[Bridge]]:
+    """*targets* served to others by one process; *memlock* bytes of RLIMIT_MEMLOCK for it."""
     with tempfile.TemporaryDirectory(prefix="vb") as directory:
-        path, log = f"{directory}/s", Path(directory, "log")
-        command = [sys.executable, "-m", "vdpa_bridge", "serve", target, "--socket-path", path, *options]
+        paths, log = [f"{directory}/{at}" for at in range(len(targets))], Path(directory, "log")
+        pairs = [f"{path}={target}" for path, target in zip(paths, targets, strict=True)]
+        command = [sys.executable, "-m", "vdpa_bridge", "serve", *pairs, *options]
         before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         with log.open("w") as output:
             if memlock is not None:
@@ -149,17 +150,25 @@ def bridging(target: str, *options: str, memlock: int | None = None) -> Iterator
             finally:
                 resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
         try:
-            end = time.monotonic() + 30
-            while "serving" not in log.read_text():
-                assert process.poll() is None, f"no server for {target}: {log.read_text()}"
-                assert time.monotonic() < end, f"no server for {target} within 30 s: {log.read_text()}"
+            end = time.monotonic() + 60
+            while log.read_text().count("serving") < len(targets):
+                assert process.poll() is None, f"no server for {targets}: {log.read_text()}"
+                assert time.monotonic() < end, f"no server for {targets} within 60 s: {log.read_text()}"
                 time.sleep(0.05)
-            bridge = Bridge(target, path, log, process)
-            bridge.release()  # it has opened the device for the first client already, and gives it back after it
-            yield bridge
+            bridges = [Bridge(target, path, log, process) for target, path in zip(targets, paths, strict=True)]
+            for bridge in bridges:
+                bridge.release()  # it has opened the device for the first client already, and gives it back after it
+            yield bridges
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
             process.wait()
+
+
+@contextmanager
+def bridging(target: str, *options: str, memlock: int | None = None) -> Iterator[Bridge]:
+    """*target* served to others by a process of its own."""
+    with bridging_all([target], *options, memlock=memlock) as (bridge,):
+        yield bridge
