@@ -177,7 +177,7 @@ def chosen(name: str) -> bool:
     return REPLAY is None or REPLAY.startswith(name + ":")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(max(120, MESSAGES // 1000))
 @pytest.mark.parametrize("kind", ["blk", "net"])
 def test_sessions(kind: str, stock: Stock) -> None:
     """The bulk, on sessions that are fed by hand; a good client after every hundredth, and nothing left behind."""
@@ -208,7 +208,7 @@ def test_sessions(kind: str, stock: Stock) -> None:
         assert len(attack.dropped) > 20, "a hostile client should get to see more rules than these"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(max(120, MESSAGES // 1000))
 def test_sessions_through_a_bridge(stock: Stock) -> None:
     """The device is behind a socket of its own: what the bridge sends on must be good, whatever came in."""
     device = ModelDevice(make_model("blk", OPTIONS["blk"]), "model:blk")
@@ -230,7 +230,7 @@ def test_sessions_through_a_bridge(stock: Stock) -> None:
     print(f"bridge: {attack}")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(max(120, MESSAGES // 1000))
 def test_sockets(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
     """The same streams through a socket. No client finds a defect, and each that is dropped is named in the log."""
     caplog.set_level(logging.WARNING, "vdpa_bridge.vhost_user.server")
