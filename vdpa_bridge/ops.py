@@ -151,15 +151,16 @@ for _name, _row in list(globals().items()):
         object.__setattr__(_row, "name", _name)
 
 BY_NAME: dict[str, Op[Any, Any]] = {op.name: op for op in TABLE}
-_BY_KEY = {(op.number, op.msgtype): op for op in TABLE}
+_IOCTLS = {op.number: op for op in TABLE if op.msgtype is None}
+_IOTLB = {op.msgtype: op for op in TABLE if op.msgtype is not None}
 _MSGTYPE_AT = 33
 
 
 def by_message(number: int, payload: bytes | memoryview) -> Op[Any, Any] | None:
     """The operation that a socket message asks for, or None: number, and for IOTLB messages the type inside."""
     if number != IOTLB:
-        return _BY_KEY.get((number, None))
-    return _BY_KEY.get((number, payload[_MSGTYPE_AT])) if len(payload) == IotlbMsg.layout.size else None
+        return _IOCTLS.get(number)
+    return _IOTLB.get(payload[_MSGTYPE_AT]) if len(payload) == IotlbMsg.layout.size else None
 
 
 Call = tuple[Op[Any, Any], Payload]

@@ -74,7 +74,7 @@ class Receiver:
         self._wanted = fds_wanted
         self._max_payload = max_payload
         self._describe = describe
-        self._buffer = bytearray()
+        self._buffer = b""
         self._at = 0
         self._cut = False
         self._fds: deque[int] = deque()
@@ -86,7 +86,9 @@ class Receiver:
 
     def feed(self, data: bytes | memoryview, fds: list[int], *, cut: bool = False) -> None:
         """Take what one recvmsg delivered; the descriptors are ours now. *cut*: it filled its buffer, more is there."""
-        self._buffer += data
+        left = self._buffer[self._at :]
+        self._buffer = left + data if left else bytes(data)
+        self._at = 0
         self._cut = cut
         if fds:
             self._fds.extend(fds)
@@ -95,12 +97,11 @@ class Receiver:
 
     def next(self) -> Frame | None:
         """The next whole message, or None."""
-        at = self._at
-        have = len(self._buffer) - at
+        buffer, at = self._buffer, self._at
+        have = len(buffer) - at
         if have < HEADER.size:
-            self._compact()
             return None
-        request, flags, size = HEADER.unpack_from(self._buffer, at)
+        request, flags, size = HEADER.unpack_from(buffer, at)
         if flags & VERSION_MASK != VERSION:
             raise RemoteProtocolError(f"{self._describe(request)}: flags {flags:#x} carry version {flags & VERSION_MASK}, not {VERSION}", request)
         if size > self._max_payload:
@@ -108,20 +109,14 @@ class Receiver:
                 f"{self._describe(request)}: payload of {size} bytes, at most {self._max_payload} are allowed", request
             )
         if have < HEADER.size + size:
-            self._compact()
             return None
         self._at = end = at + HEADER.size + size
-        payload = bytes(self._buffer[end - size : end])
+        payload = buffer[end - size : end]
         result = Frame(request, flags, payload)
         least, most = self._wanted(request, payload)
         if most or self._fds:
             self._claim(result, least, most)
         return result
-
-    def _compact(self) -> None:
-        """Drop what has been given out; once per read, not once per message."""
-        del self._buffer[: self._at]
-        self._at = 0
 
     def _claim(self, result: Frame, least: int, most: int) -> None:
         if len(self._fds) < least:
@@ -138,5 +133,5 @@ class Receiver:
         """Close descriptors of messages that never became whole."""
         while self._fds:
             os.close(self._fds.popleft())
-        self._buffer.clear()
+        self._buffer = b""
         self._at = 0

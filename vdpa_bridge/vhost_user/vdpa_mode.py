@@ -63,7 +63,7 @@ def fds_wanted(number: int, payload: bytes) -> tuple[int, int]:
     if number < 0x100:
         return legacy_fds(number, payload)
     op = ops.by_message(number, payload)
-    if op is None:
+    if op is None or op.request is Empty:
         return 0, 0
     count = op.request.fds_wanted(payload)
     return count, count
