@@ -122,9 +122,6 @@ def test_far_end_dies(new: Bridge) -> None:
         device.close()
         with pytest.raises(RemoteProtocolError):
             bridge.device("blk", "require")
-        end = time.monotonic() + 5
-        while "cannot open the device" not in bridge.said() and time.monotonic() < end:
-            time.sleep(0.01)
         assert "cannot open the device" in bridge.said()
 
 

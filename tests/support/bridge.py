@@ -111,8 +111,13 @@ class Bridge:
                 time.sleep(0.01)
 
     def said(self) -> str:
-        """The log so far."""
-        return self.log.read_text()
+        """The log so far. It is written beside the service: it is complete when nothing came for a while."""
+        text, quiet = self.log.read_text(), 0
+        while quiet < 6:
+            time.sleep(0.05)
+            now = self.log.read_text()
+            text, quiet = now, quiet + 1 if now == text else 0
+        return text
 
     def works(self) -> None:
         """The next client is served, whatever happened to the last one."""

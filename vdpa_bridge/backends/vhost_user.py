@@ -86,10 +86,13 @@ class VhostUserVdpa(Backend):
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """One round trip."""
-        data, fds = self._request(op, request)
-        if not self._connection.send(data, fds, op.name):
+        connection = self._connection
+        data, fds = self._request(op, request) if request is not EMPTY else request_bytes(op, request)
+        if not connection.send(data, fds, op.name):
             raise self._refused(op, errno.EBADF)
-        error, reply = self._answer(op)
+        if self._peer is None:
+            self._greeted()
+        error, reply = parse_reply(op, connection.message(op.name))
         if reply is None:
             raise self._refused(op, error)
         return reply

@@ -19,6 +19,7 @@ from .framing import HEADER, MAX_FDS, NEED_REPLY, REPLY, VERSION, VERSION_MASK, 
 from .messages import message_name
 
 _CHUNK = 65536
+_NOSIGNAL = socket.MSG_NOSIGNAL
 _REPLY_MASK = VERSION_MASK | REPLY
 _OPEN_HINTS = {
     errno.ENOENT: "nothing has made this socket; is the back-end running?",
@@ -79,7 +80,9 @@ class Connection:
         if self._dead is not None:
             raise type(self._dead)(f"{self.name}: the connection is dead: {self._dead}")
         try:
-            sent = socket.send_fds(self._sock, [data], list(fds)) if fds else self._sock.send(data, socket.MSG_NOSIGNAL)
+            sent = socket.send_fds(self._sock, [data], list(fds)) if fds else self._sock.send(data, _NOSIGNAL)
+            if sent == len(data):
+                return True
             while sent < len(data):
                 sent += self._sock.send(data[sent:], socket.MSG_NOSIGNAL)
         except BlockingIOError:

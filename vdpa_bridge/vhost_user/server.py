@@ -148,6 +148,7 @@ class Server:
                 _log.exception("%s: closing the device failed", self.path)
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
+        view, flags = [self._view], socket.MSG_CMSG_CLOEXEC
         while True:
             if receiver.partial and not _readable([client.fileno()], self._timeout):
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
@@ -158,7 +159,7 @@ class Server:
                 if client.fileno() not in ready:
                     continue
             try:
-                count, ancillary, got, _ = client.recvmsg_into([self._view], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+                count, ancillary, got, _ = client.recvmsg_into(view, _ANCILLARY, flags)
             except ConnectionResetError:
                 count, ancillary, got = 0, [], 0
             fds = _descriptors(ancillary) if ancillary else []
