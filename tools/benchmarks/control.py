@@ -268,7 +268,7 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(prog="tools/bench control", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", type=int, default=min(os.sched_getaffinity(0)), help="CPU for both processes (default: the first)")
-    parser.add_argument("--rounds", type=int, default=400, help="operations in one sample (default 400)")
+    parser.add_argument("--rounds", type=int, default=1500, help="operations in one sample (default 1500)")
     parser.add_argument("--repeat", type=int, default=15, help="samples, of which the median counts (default 15)")
     parser.add_argument("--no-lab", action="store_true", help="leave out the kernel, which is measured in the lab's guest")
     parser.add_argument("--homes", help="NAME=TARGET,...: measure these targets and nothing else")
@@ -288,7 +288,7 @@ def main() -> None:
         plain, stack = rows.pop("plain"), rows.pop("stack")
         checks = [asdict(goal) for goal in goals(rows, plain, stack)]
         if not arguments.no_lab:
-            rows |= lab_rows(max(40, rounds // 10), max(3, repeat // 3))
+            rows |= lab_rows(max(40, rounds // 40), max(3, repeat // 3))
         report |= {"homes": rows, "plain": plain, "stack": stack, "goals": checks}
     text = json.dumps(report, indent=1)
     if arguments.json == "-":
