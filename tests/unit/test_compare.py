@@ -34,7 +34,7 @@ class Liar(Backend):
     """Passes operations on and changes what *lie* changes: a reply, or an exception to raise."""
 
     def __init__(self, backend: Backend, lie: Callable[[Any, Any, Any], Any]) -> None:
-        self.backend, self.name, self._lie = backend, backend.name, lie
+        self.backend, self.name, self.traits, self._lie = backend, backend.name, backend.traits, lie
 
     def call(self, op, request):  # type: ignore[no-untyped-def]
         try:

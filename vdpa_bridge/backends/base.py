@@ -35,6 +35,8 @@ class Backend(ABC):
 
     name: str
     """The target as the user wrote it, for messages."""
+    traits: tuple[str, ...] = ()
+    """The homes of ``vdpa_bridge.differences`` that this is."""
 
     @abstractmethod
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:

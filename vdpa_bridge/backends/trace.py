@@ -50,6 +50,7 @@ class TraceBackend(Backend):
     def __init__(self, backend: Backend, write: Sink, label: str = "") -> None:
         self.backend = backend
         self.name = backend.name
+        self.traits = backend.traits
         self._write = write
         self._label = f"{label}: " if label else ""
         self._closed = False

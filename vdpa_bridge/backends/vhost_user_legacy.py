@@ -80,6 +80,8 @@ class _Region:
 class VhostUserLegacy(RuledBackend):
     """One session with a stock back-end. Takes over the connection, which has asked for both feature words only."""
 
+    traits = ("vhost-user", "legacy")
+
     offered_backend_features = B.IOTLB_MSG_V2 | B.IOTLB_BATCH | B.SUSPEND | B.RESUME | B.ENABLE_AFTER_DRIVER_OK | B.IOTLB_PERSIST
 
     def __init__(self, connection: Connection, features: int, protocol_offered: int, device_id: int | None, queue_size: int) -> None:

@@ -52,6 +52,8 @@ class Place:
     target: Target
     wrap: Callable[[Backend, str], Backend] = lambda backend, label: backend
     facts: dict[str, object] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    """Traits of the back-end."""
     absent: dict[str, str] = field(default_factory=dict)
     """Operations that this home says it lacks, and why."""
 
@@ -69,17 +71,12 @@ class Place:
     @property
     def traits(self) -> tuple[str, ...]:
         """The homes of ``vdpa_bridge.differences`` that this target is."""
-        way = str(self.facts.get("transport", ""))
-        found = [home for home in _HOMES if self.label == home]
-        if way.startswith("vhost-user"):
-            found.append("vhost-user")
-        if "legacy" in way:
-            found.append("legacy")
-        return tuple(found)
+        return (*(home for home in _HOMES if self.label == home), *self.told)
 
     def learn(self, device: Device) -> None:
         """Note what the home says of itself; after the operations, as only then a kernel device knows what is missing."""
         self.facts = device.backend.facts()
+        self.told = device.backend.traits
         for name, capability in device.backend.capabilities().items():
             if capability.level == ABSENT:
                 self.absent[name] = capability.note
