@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,11 +21,20 @@ from vdpa_bridge.device import Device
 
 from .support.homes import HOMES, Home, Opener
 from .support.probe import Probe, probing
+from .support.seen import KEPT, Record, Seen
 
 REQUIRED = set(filter(None, os.environ.get("VDPA_BRIDGE_REQUIRE", "").split(",")))
+SEEN = pytest.StashKey[Seen]()
+RECORD = pytest.StashKey[Record]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seen", type=Path, metavar="FILE", help="write there what passing tests saw working, for tools/render --seen FILE")
+    parser.addoption("--every-home", action="store_true", help="collect tests of homes that are not here, too (for --collect-only)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORD] = Record() if config.option.seen else Record.load()
     if unknown := REQUIRED - {"peers", "lab"}:
         raise pytest.UsageError(f"VDPA_BRIDGE_REQUIRE knows peers and lab, not {', '.join(sorted(unknown))}")
 
@@ -41,12 +51,38 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+# What is seen working --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(request: pytest.FixtureRequest) -> Seen:
+    """Says what the test saw working, after it did: a row, or a part of one, of docs/clients.md or docs/devices.md."""
+    return request.node.stash.setdefault(SEEN, Seen())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that passes has said what the documentation has of it, neither more nor less; with --seen it is noted instead."""
+    yield
+    seen, record = item.stash.get(SEEN, Seen()), item.config.stash[RECORD]
+    if item.config.option.seen:
+        record.add(item.nodeid, seen)
+    elif (kept := record.tests.get(item.nodeid, set())) != seen.sights:
+        more, less = sorted(seen.sights - kept), sorted(kept - seen.sights)
+        pytest.fail(f"seen, but not in {KEPT.name}: {more}; there, but not seen: {less}. Run it with --seen FILE, then tools/render --seen FILE", pytrace=False)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.option.seen and not session.config.option.collectonly:
+        session.config.stash[RECORD].save(session.config.option.seen)
+
+
 # Homes -----------------------------------------------------------------------------------------------------------------
 
 
-def _params(kind: str | None) -> list[object]:
+def _params(kind: str | None, every: bool) -> list[object]:
     """The homes as parameters: one that is missing gives one skip in test_homes, and no test."""
-    chosen = [home for home in HOMES if (kind is None or home.kind == kind) and not home.missing]
+    chosen = [home for home in HOMES if (kind is None or home.kind == kind) and (every or not home.missing)]
     return [pytest.param(home, id=str(home), marks=[getattr(pytest.mark, home.mark)] if home.mark else []) for home in chosen]
 
 
@@ -54,7 +90,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that use a home run in all of them; ``blk_home`` and ``net_home`` choose those with such a device."""
     if "place" in metafunc.fixturenames:
         kind = next((kind for kind in ("blk", "net") if f"{kind}_home" in metafunc.fixturenames), None)
-        metafunc.parametrize("place", _params(kind), indirect=True, scope="session")
+        metafunc.parametrize("place", _params(kind, metafunc.config.option.every_home), indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,14 @@ from vdpa_bridge.virtio.features import BlockFeature
 from vdpa_bridge.wire import Iova, VringState
 
 from ..support.bridge import REFUSED, Bridge, run_client, start_client
+from ..support.seen import Seen
 
 pytestmark = pytest.mark.lab
 
 MODES = pytest.mark.parametrize("vdpa", ["off", "require"], ids=["legacy", "vdpa-mode"])
 BROADCAST = b"\xff" * 6
 STATION = bytes.fromhex("02aabbccdd77")
+WORD = {"off": "legacy", "require": "vDPA mode"}
 
 
 def exchange(disk: BlkDriver, seed: int, rounds: int = 6) -> None:
@@ -46,7 +48,7 @@ def exchange(disk: BlkDriver, seed: int, rounds: int = 6) -> None:
 
 
 @MODES
-def test_disk(disk_bridge: Bridge, vdpa: str) -> None:
+def test_disk(disk_bridge: Bridge, vdpa: str, seen: Seen) -> None:
     """Data goes in and out, again after a restart, and lies on the device when it is opened without the bridge."""
     data = random.Random(vdpa).randbytes(64 << 10)
     with disk_bridge.device("blk", vdpa) as device, BlkDriver(device) as disk:
@@ -60,6 +62,7 @@ def test_disk(disk_bridge: Bridge, vdpa: str) -> None:
     with connect(disk_bridge.target) as device, BlkDriver(device) as disk:
         assert disk.read(1 << 20, len(data)) == data
         assert disk.get_id() == serial
+    seen("clients", "vdpa_bridge", "blk", disk_bridge.kind, "split", "restart", WORD[vdpa])
 
 
 @MODES
@@ -73,7 +76,7 @@ def test_other_features_after_a_restart(disk_bridge: Bridge, vdpa: str) -> None:
 
 
 @MODES
-def test_memory_added_while_running(disk_bridge: Bridge, vdpa: str) -> None:
+def test_memory_added_while_running(disk_bridge: Bridge, vdpa: str, seen: Seen) -> None:
     """A second region is there at once, and what was there before stays there when it is taken away."""
     with disk_bridge.device("blk", vdpa) as device, BlkDriver(device) as disk, Region(Iova(1 << 32), 1 << 20) as more:
         before = disk.read(0, 4096)
@@ -92,6 +95,7 @@ def test_memory_added_while_running(disk_bridge: Bridge, vdpa: str) -> None:
         device.unmap([more.update()])
         assert disk.read(0, 4096) == before
         assert disk.read(2048 * 512, 4096) == b"later " * 682 + b"...."
+    seen("clients", "vdpa_bridge", "blk", disk_bridge.kind, "memory hotplug", WORD[vdpa])
 
 
 def test_clients_follow_one_another(disk_bridge: Bridge) -> None:
@@ -103,18 +107,20 @@ def test_clients_follow_one_another(disk_bridge: Bridge) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--mem-table",), ("--turns", "3"), ("--depth", "32", "--bytes", "16384")], ids=["slots", "table", "turns", "deep"])
-def test_foreign_client(disk_bridge: Bridge, options: tuple[str, ...]) -> None:
+def test_foreign_client(disk_bridge: Bridge, options: tuple[str, ...], seen: Seen) -> None:
     """A client without any of our code: what it reads is what it wrote, and GET_VRING_BASE says how many requests it made."""
     assert run_client(disk_bridge.path, "--requests", 200, *options)["reads"]["requests"] >= 200
+    seen("clients", "vhost-blk-client", "blk", disk_bridge.kind, "split", "memory table" if "--mem-table" in options else "memory slots", *["restart"] * ("--turns" in options))
 
 
 @pytest.mark.parametrize("options", [(), ("--mem-table",)], ids=["slots", "table"])
-def test_foreign_client_moves_to_new_memory(disk_bridge: Bridge, options: tuple[str, ...]) -> None:
+def test_foreign_client_moves_to_new_memory(disk_bridge: Bridge, options: tuple[str, ...], seen: Seen) -> None:
     """Memory that comes while the ring runs: nothing that was there is touched, so no device has to stop for it."""
     run_client(disk_bridge.path, "--requests", 200, "--grow", *options)
+    seen("clients", "vhost-blk-client", "blk", disk_bridge.kind, "memory hotplug", "memory slots" if not options else "memory table")
 
 
-def test_client_killed_at_work(disk_bridge: Bridge) -> None:
+def test_client_killed_at_work(disk_bridge: Bridge, seen: Seen) -> None:
     """With requests in flight; the next client gets a device that knows nothing of them."""
     for seed in (5, 6):
         with start_client(disk_bridge.path, "--requests", 10_000_000, "--depth", 32, "--seed", seed) as client:
@@ -123,11 +129,13 @@ def test_client_killed_at_work(disk_bridge: Bridge) -> None:
                 assert client.poll() is None
             client.kill()
         run_client(disk_bridge.path, "--requests", 100, "--seed", seed)
+    seen("clients", "vhost-blk-client", "blk", disk_bridge.kind, "successor")
 
 
-def test_restart_where_the_ring_stood(sim_blk: Bridge) -> None:
+def test_restart_where_the_ring_stood(sim_blk: Bridge, seen: Seen) -> None:
     run_client(sim_blk.path, "--requests", 50, "--turns", 3, "--keep-index")
     sim_blk.release()
+    seen("clients", "vhost-blk-client", "blk", sim_blk.kind, "pause")
 
 
 def test_hardware_cannot_restart_where_the_ring_stood(vp_blk: Bridge) -> None:
@@ -145,7 +153,7 @@ def test_hardware_cannot_restart_where_the_ring_stood(vp_blk: Bridge) -> None:
 
 
 @MODES
-def test_frames_loop_back(sim_net: Bridge, vdpa: str) -> None:
+def test_frames_loop_back(sim_net: Bridge, vdpa: str, seen: Seen) -> None:
     """Every byte of them; the control queue works as well."""
     rng = random.Random(4)
     frames = [BROADCAST + STATION + b"\x88\xb5" + rng.randbytes(size) for size in (46, 60, 999, 1500)]
@@ -161,10 +169,11 @@ def test_frames_loop_back(sim_net: Bridge, vdpa: str) -> None:
             nic.set_mac("02:aa:bb:cc:dd:01")
             nic.restart()
     sim_net.release()
+    seen("clients", "vdpa_bridge", "net", sim_net.kind, "split", "restart", "control queue", WORD[vdpa])
 
 
 @MODES
-def test_the_network_answers(vp_net: Bridge, vdpa: str) -> None:
+def test_the_network_answers(vp_net: Bridge, vdpa: str, seen: Seen) -> None:
     """A NIC behind an IOMMU, all rings with interrupts: who has 10.0.2.2? Asked again after a restart."""
     with vp_net.device("net", vdpa) as device, NetDriver(device) as nic:
         mac = bytes.fromhex(nic.mac.replace(":", ""))
@@ -179,6 +188,7 @@ def test_the_network_answers(vp_net: Bridge, vdpa: str) -> None:
             assert answer[28:32] == bytes((10, 0, 2, 2))
             nic.restart()
     vp_net.release()
+    seen("clients", "vdpa_bridge", "net", vp_net.kind, "split", "restart", WORD[vdpa])
 
 
 def test_position_of_a_ring_that_the_device_does_not_tell(vp_blk: Bridge) -> None:

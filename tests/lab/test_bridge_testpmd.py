@@ -12,6 +12,7 @@ import pytest
 
 from ..peers.test_testpmd import bounce
 from ..support.bridge import Bridge
+from ..support.seen import Seen
 
 pytestmark = [
     pytest.mark.lab,
@@ -19,10 +20,11 @@ pytestmark = [
 ]
 
 
-def test_frames_byte_for_byte(sim_net: Bridge) -> None:
+def test_frames_byte_for_byte(sim_net: Bridge, seen: Seen) -> None:
     """Few enough for the receive ring: the simulator drops what finds no buffer."""
     rng = random.Random(6)
     frames = [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(60)]
     with tempfile.TemporaryDirectory(prefix="vb") as directory:
         assert bounce(sim_net.path, Path(directory), frames) == frames
     sim_net.release()
+    seen("clients", "dpdk-testpmd", "net", "vdpa_sim", "split", "memory table")

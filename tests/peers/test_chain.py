@@ -21,6 +21,7 @@ from vdpa_bridge import RemoteProtocolError
 from vdpa_bridge.drivers import BlkDriver, NetDriver
 
 from ..support.bridge import REFUSED, WRONG_DATA, Bridge, bridging, run_client, start_client
+from ..support.seen import Seen
 
 pytestmark = [
     pytest.mark.peers,
@@ -60,7 +61,7 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="vb")
 
 
-def test_vdpa_mode_before_a_legacy_back_end(old: str, image: Path) -> None:
+def test_vdpa_mode_before_a_legacy_back_end(old: str, image: Path, seen: Seen) -> None:
     """The upgrade: a client that requires vDPA mode on qemu-storage-daemon, which has never heard of it."""
     with bridging(f"vhost-user:{old}?type=blk") as upgrade:
         with upgrade.device("blk", "require") as device, BlkDriver(device) as disk:
@@ -71,6 +72,8 @@ def test_vdpa_mode_before_a_legacy_back_end(old: str, image: Path) -> None:
                 disk.restart()
         assert image.read_bytes()[: 3 * 4096] == b"".join(bytes([turn + 1]) * 4096 for turn in range(3))
         run_client(upgrade.path, "--requests", 200, "--turns", 2)
+    seen("clients", "vdpa_bridge", "blk", "qemu-storage-daemon", "split", "restart", "vDPA mode")
+    seen("clients", "vhost-blk-client", "blk", "qemu-storage-daemon", "split", "restart", "memory slots", "legacy")
 
 
 @pytest.fixture
@@ -80,13 +83,15 @@ def new() -> Iterator[Bridge]:
         yield bridge
 
 
-def test_legacy_before_a_vdpa_mode_server(new: Bridge) -> None:
+def test_legacy_before_a_vdpa_mode_server(new: Bridge, seen: Seen) -> None:
     """The way back: a client that knows stock vhost-user only, with a server that refuses it when it comes directly."""
     assert "hung up" in run_client(new.path, status=REFUSED)["error"]
     with bridging(f"vhost-user:{new.path}?type=blk&vdpa=require") as bridge:
         for options in ((), ("--mem-table", "--grow"), ("--turns", 3, "--keep-index")):
             run_client(bridge.path, "--requests", 300, *options)
         assert "sector 0" in run_client(bridge.path, "--read-only", "--seed", 2, status=WRONG_DATA)["error"]
+    words = ("split", "restart", "pause", "memory table", "memory slots", "memory hotplug", "legacy")
+    seen("clients", "vhost-blk-client", "blk", "vDPA-mode server", *words)
 
 
 def test_three_hops(old: str) -> None:
@@ -102,13 +107,14 @@ def test_three_hops(old: str) -> None:
             assert (near.expenses(), far.expenses()) == before, "requests do not pass through the servers"
 
 
-def test_client_killed_at_work_before_a_legacy_back_end(old: str) -> None:
+def test_client_killed_at_work_before_a_legacy_back_end(old: str, seen: Seen) -> None:
     with bridging(f"vhost-user:{old}?type=blk") as bridge:
         with start_client(bridge.path, "--requests", 10_000_000, "--depth", 32) as client:
             time.sleep(0.3)
             assert client.poll() is None
             client.kill()
         run_client(bridge.path, "--requests", 100)
+    seen("clients", "vhost-blk-client", "blk", "qemu-storage-daemon", "successor")
 
 
 def test_far_end_dies(new: Bridge) -> None:

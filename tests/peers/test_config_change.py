@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest import Guest
+from tests.support.seen import Seen
 from vdpa_bridge import Device
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.backends.vhost_user import open_vhost_user
@@ -50,7 +51,7 @@ def capacity(device: Device) -> int:
 
 
 @pytest.mark.parametrize("vdpa", ["require", "off"])
-def test_driver_is_told(growing: Growing, vdpa: str) -> None:
+def test_driver_is_told(growing: Growing, seen: Seen, vdpa: str) -> None:
     event = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         with Server(growing.device.open, growing.path), Device(open_vhost_user(growing.path, device_id=2, vdpa=vdpa)) as device:
@@ -67,10 +68,11 @@ def test_driver_is_told(growing: Growing, vdpa: str) -> None:
             assert not select.select([event], [], [], 0.1)[0], "the eventfd was taken back"
     finally:
         os.close(event)
+    seen("clients", "vdpa_bridge", "blk", "model", "config change", "legacy" if vdpa == "off" else "vDPA mode")
 
 
 @pytest.mark.peers
-def test_guest_sees_it(growing: Growing) -> None:
+def test_guest_sees_it(growing: Growing, seen: Seen) -> None:
     script = f"""
         until [ -b /dev/vda ]; do sleep 0.1; done
         echo READY $(cat /sys/block/vda/size)
@@ -87,3 +89,4 @@ def test_guest_sees_it(growing: Growing) -> None:
         result = guest.wait(timeout=30)
     assert result.status == 0, result.log
     assert "WRITTEN" in result.output
+    seen("clients", "QEMU", "blk", "model", "config change")

@@ -6,31 +6,24 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.guest import Guest, run_guest
+from tests.support.seen import Seen
 from vdpa_bridge import Target
 from vdpa_bridge.vhost_user.server import Server
 
 pytestmark = pytest.mark.peers
 
 
-@pytest.fixture
-def short_dir() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="vb") as name:
-        yield Path(name)
-
-
 def chardev(path: Path, more: str = "") -> list[str]:
     return ["-chardev", f"socket,id=c0,path={path}{more}"]
 
 
-def test_entropy(short_dir: Path) -> None:
+def test_entropy(short_dir: Path, seen: Seen) -> None:
     script = """
         cat /sys/class/misc/hw_random/rng_available
         dd if=/dev/hwrng of=/a bs=4096 count=16 iflag=fullblock 2>/dev/null; dd if=/dev/hwrng of=/b bs=4096 count=16 iflag=fullblock 2>/dev/null
@@ -50,6 +43,7 @@ def test_entropy(short_dir: Path) -> None:
     assert "DIFFERENT" in result.output
     packed = int(result.output.split("packed ")[1].split()[0])
     assert packed > 65536, "random bytes do not compress"
+    seen("clients", "QEMU", "rng", "model", "split")
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +57,7 @@ def packet_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return program.read_bytes()
 
 
-def test_frames(short_dir: Path, packet_program: bytes) -> None:
+def test_frames(short_dir: Path, packet_program: bytes, seen: Seen) -> None:
     script = """
         ip link set eth0 up
         for i in 1 2 3 4 5; do [ "$(cat /sys/class/net/eth0/carrier)" = 1 ] && break; sleep 0.2; done
@@ -88,9 +82,10 @@ def test_frames(short_dir: Path, packet_program: bytes) -> None:
     target.close()
     assert result.status == 0, result.output + result.errors + result.log
     assert "500 frames came back as sent" in result.output
+    seen("clients", "QEMU", "net", "model", "split")
 
 
-def test_reboot(short_dir: Path) -> None:
+def test_reboot(short_dir: Path, seen: Seen) -> None:
     """The guest resets itself and finds what it wrote before; the connection stays."""
     disk = short_dir / "disk"
     disk.write_bytes(random.Random(4).randbytes(4 << 20))
@@ -117,9 +112,10 @@ def test_reboot(short_dir: Path) -> None:
     target.close()
     assert result.status == 0, result.log
     assert result.output.index("FIRST") < result.output.index("SECOND")
+    seen("clients", "QEMU", "blk", "model", "reboot")
 
 
-def test_reconnect(short_dir: Path) -> None:
+def test_reconnect(short_dir: Path, seen: Seen) -> None:
     """Our server goes away and comes back; the guest's disk goes on where it was."""
     disk = short_dir / "disk"
     disk.write_bytes(bytes(4 << 20))
@@ -145,3 +141,4 @@ def test_reconnect(short_dir: Path) -> None:
     target.close()
     assert "TWO" in result.output
     assert disk.read_bytes()[:516].replace(b"\0", b"") == b"one\ntwo\n"
+    seen("clients", "QEMU", "blk", "model", "reconnect")

@@ -7,13 +7,13 @@ import hashlib
 import logging
 import os
 import random
-import tempfile
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.support.guest import run_guest
+from tests.support.seen import Seen
 from vdpa_bridge import Target
 from vdpa_bridge.vhost_user.server import Server
 
@@ -30,19 +30,12 @@ echo back $(dd if=/dev/vda bs=1M skip=1 count=1 2>/dev/null | md5sum)
 """
 
 
-@pytest.fixture
-def short_dir() -> Iterator[Path]:
-    """A temporary directory whose path leaves room for a socket's name."""
-    with tempfile.TemporaryDirectory(prefix="vb") as name:
-        yield Path(name)
-
-
 def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 @pytest.mark.parametrize(("queues", "packed"), [(1, "off"), (2, "off"), (2, "on")])
-def test_guest_reads_and_writes_our_disk(short_dir: Path, caplog: pytest.LogCaptureFixture, queues: int, packed: str) -> None:
+def test_guest_reads_and_writes_our_disk(short_dir: Path, caplog: pytest.LogCaptureFixture, heard: Counter[str], seen: Seen, queues: int, packed: str) -> None:
     disk = short_dir / "disk"
     before = bytearray(random.Random(queues).randbytes(SECTORS * 512))
     disk.write_bytes(before)
@@ -68,3 +61,6 @@ def test_guest_reads_and_writes_our_disk(short_dir: Path, caplog: pytest.LogCapt
     assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert os.path.exists(disk)
     assert not os.path.exists(path)
+    assert heard["ADD_MEM_REG"]
+    assert heard["SET_FEATURES"] > 2, "twice for the firmware, twice for Linux"
+    seen("clients", "QEMU", "blk", "model", "packed" if packed == "on" else "split", "memory slots", "restart")

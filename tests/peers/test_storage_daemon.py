@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.seen import Seen
 from vdpa_bridge import Device, ProtocolError, RemoteProtocolError, Target
 from vdpa_bridge.drivers.blk import BlkDriver
 
@@ -70,7 +71,7 @@ def target(daemon: Daemon, more: str = "") -> Target:
     return Target.parse(f"vhost-user:{daemon.path}?type=blk{more}")
 
 
-def test_data(daemon: Daemon) -> None:
+def test_data(daemon: Daemon, seen: Seen) -> None:
     rng = random.Random(2)
     mirror = bytearray(daemon.image.read_bytes())
     with Device(target(daemon).open()) as device, BlkDriver(device) as disk:
@@ -88,6 +89,7 @@ def test_data(daemon: Daemon) -> None:
         mirror[1 << 20 : (1 << 20) + (1 << 16)] = bytes(1 << 16)
         assert disk.read(1 << 20, 1 << 17) == mirror[1 << 20 : (1 << 20) + (1 << 17)]
     assert daemon.image.read_bytes() == mirror
+    seen("devices", "blk", "blk", "qemu-storage-daemon", "split", "legacy")
 
 
 def test_sessions_follow_one_another(daemon: Daemon) -> None:

@@ -9,13 +9,13 @@ import shutil
 import signal
 import struct
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.support.seen import Seen
 from vdpa_bridge import Target
 from vdpa_bridge.vhost_user.server import Server
 
@@ -41,12 +41,6 @@ def read_pcap(path: Path) -> list[bytes]:
         frames.append(data[at + _RECORD.size : at + _RECORD.size + length])
         at += _RECORD.size + length
     return frames
-
-
-@pytest.fixture
-def short_dir() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="vb") as name:
-        yield Path(name)
 
 
 def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str = "") -> list[bytes]:
@@ -79,7 +73,7 @@ def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str 
 
 
 @pytest.mark.parametrize("options", ["", ",packed_vq=1", ",mrg_rxbuf=0", ",packed_vq=1,mrg_rxbuf=0"])
-def test_echo_byte_for_byte(short_dir: Path, options: str) -> None:
+def test_echo_byte_for_byte(short_dir: Path, heard: Counter[str], seen: Seen, options: str) -> None:
     rng = random.Random(3)
     frames = [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(100)]
     target = Target.parse("model:net")
@@ -87,4 +81,6 @@ def test_echo_byte_for_byte(short_dir: Path, options: str) -> None:
     with Server(target.open, path) as server:
         assert bounce(path, short_dir, frames, options) == frames
     assert server.served == 1
+    assert heard["SET_MEM_TABLE"]
     target.close()
+    seen("clients", "dpdk-testpmd", "net", "model", "packed" if "packed" in options else "split", "memory table")

@@ -83,6 +83,12 @@ class Bridge:
     log: Path
     process: subprocess.Popen[str]
 
+    @property
+    def kind(self) -> str:
+        """What serves the data, for the tables of what was seen working."""
+        named = {os.environ.get(f"VDPA_{place}_{kind}"): word for place, word in (("SIM", "vdpa_sim"), ("VP", "vp_vdpa")) for kind in ("BLK", "NET")}
+        return named.get(self.target, self.target)
+
     def device(self, kind: str, vdpa: str = "off", timeout: float = 10) -> Device:
         """A front-end of ours on it."""
         return Device(Target.parse(f"vhost-user:{self.path}?type={kind}&vdpa={vdpa}&timeout={timeout}").open())

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What tests on real programs share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vdpa_bridge.vhost_user.framing import Frame
+from vdpa_bridge.vhost_user.legacy_server import LegacyService
+from vdpa_bridge.vhost_user.messages import message_name
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A temporary directory whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="vb") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many of each message legacy clients sent to servers in this process."""
+    count: Counter[str] = Counter()
+    handle = LegacyService.handle
+
+    def counting(service: LegacyService, message: Frame) -> bytes:
+        count[message_name(message.request).partition(" ")[0]] += 1
+        return handle(service, message)
+
+    monkeypatch.setattr(LegacyService, "handle", counting)
+    return count
