@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -204,18 +204,23 @@ class Device:
     def map(self, updates: Iterable[IotlbUpdate]) -> None:
         """Enter mappings, in one batch per address space where the back-end batches. None is left when one is refused."""
         done = list(updates)
-        self._all(self._batched([(ops.IOTLB_UPDATE, update) for update in done], done[0].asid if done else 0), undo=done)
+        self._all(self._updates(done), undo=done)
 
     def unmap(self, updates: Iterable[IotlbUpdate]) -> None:
         """Take mappings away that ``map`` made."""
-        gone = list(updates)
-        calls: list[Call] = [(ops.IOTLB_INVALIDATE, IotlbInvalidate(u.iova, u.size, u.asid)) for u in gone]
-        self._all(self._batched(calls, gone[0].asid if gone else 0))
+        self._all(self._batched([(ops.IOTLB_INVALIDATE, IotlbInvalidate(u.iova, u.size, u.asid)) for u in updates]))
 
-    def _batched(self, calls: list[Call], asid: int) -> list[Call]:
-        if len(calls) < 2 or not self.backend_features & BackendFeature.IOTLB_BATCH:
-            return calls
-        return [(ops.IOTLB_BATCH_BEGIN, IotlbBatchBegin(asid)), *calls, (ops.IOTLB_BATCH_END, IotlbBatchEnd(asid))]
+    def _updates(self, updates: Iterable[IotlbUpdate]) -> list[Call]:
+        return self._batched([(ops.IOTLB_UPDATE, update) for update in updates])
+
+    def _batched(self, messages: Sequence[tuple[Op[Any, Any], IotlbUpdate | IotlbInvalidate]]) -> list[Call]:
+        """*messages*, those of one address space together, and in a batch where they are several."""
+        calls: list[Call] = []
+        for asid in dict.fromkeys(message.asid for _, message in messages):
+            some = [(op, message) for op, message in messages if message.asid == asid]
+            batch = len(some) > 1 and bool(self.backend_features & BackendFeature.IOTLB_BATCH)
+            calls += [(ops.IOTLB_BATCH_BEGIN, IotlbBatchBegin(asid))] * batch + [*some] + [(ops.IOTLB_BATCH_END, IotlbBatchEnd(asid))] * batch
+        return calls
 
     def _all(self, calls: list[Call], undo: Sequence[IotlbUpdate] = (), reset: bool = False) -> list[Any]:
         """All replies, or the first error. Before it is raised, a device that may run already is *reset*, and mappings are undone."""
@@ -282,8 +287,25 @@ class Device:
         self.features = agreed
         return agreed
 
-    def start(self, rings: Sequence[RingSetup], updates: Sequence[IotlbUpdate] = (), config_call: int = -1) -> None:
+    def group_of(self, index: int) -> int:
+        """The group of queue *index*: queues of one group are in one address space. 0 for all where the device has no groups."""
+        try:
+            return self.backend.call(ops.GET_VRING_GROUP, VringState(index, 0)).num
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return 0
+
+    def start(
+        self,
+        rings: Sequence[RingSetup],
+        updates: Sequence[IotlbUpdate] = (),
+        config_call: int = -1,
+        spaces: Mapping[int, int] | None = None,
+    ) -> None:
         """Map *updates*, set *rings* up, set DRIVER_OK. When anything is refused, the device is reset and the refusal raised.
+
+        *spaces* says which groups of queues use another address space than 0; a reset puts them back.
 
         ValueError for a ring that the device cannot have, before anything is sent.
         """
@@ -293,7 +315,8 @@ class Device:
                 raise ValueError(f"{self.name} has {limits.queues} queues, there is no queue {ring.index}")
             if ring.num > limits.queue_size or ring.num < 1 or ring.num & (ring.num - 1):
                 raise ValueError(f"{self.name} takes split rings of 2^n entries up to {limits.queue_size}, not {ring.num}")
-        calls = self._batched([(ops.IOTLB_UPDATE, update) for update in updates], updates[0].asid if updates else 0)
+        calls: list[Call] = [(ops.SET_GROUP_ASID, VringState(group, asid)) for group, asid in (spaces or {}).items()]
+        calls += self._updates(updates)
         for ring in rings:
             calls += ring.calls()
         if config_call >= 0:

@@ -38,6 +38,7 @@ ROWS: tuple[Difference, ...] = (
     Difference("legacy", "GET_VRING_BASE", "while the ring runs", errno.EBUSY, "the message stops the ring, which a question must not do"),
     Difference("qemu-storage-daemon", "SET_VRING_ENABLE", "off while the ring works", None, "libvhost-user serves a disabled ring (QEMU 7.2)"),
     Difference("qemu-storage-daemon", "SET_STATUS", "reset with requests under way", None, "they go on and may end the connection; wait for them (QEMU 7.2)"),
+    Difference("qemu-storage-daemon", "SUSPEND", "with requests under way", None, "they go on and may end the connection; wait for them (QEMU 7.2)"),
     Difference("qemu-storage-daemon", "SET_STATUS", "reset after an unmapped address", None, "libvhost-user hangs up; connect again (QEMU 7.2)"),
     Difference("vhost-user", "open", "while somebody else has it open", errno.ETIMEDOUT, "the socket takes the second client and serves it after the first"),
 )

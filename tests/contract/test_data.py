@@ -20,11 +20,10 @@ from vdpa_bridge.device import Device, RingSetup
 from vdpa_bridge.differences import documented
 from vdpa_bridge.drivers import BlkDriver, BlkRequest, NetDriver
 from vdpa_bridge.errors import DeviceBroken, PeerClosed
-from vdpa_bridge.flags import BackendFeature as B
 from vdpa_bridge.memory import Region
 from vdpa_bridge.virtio.features import BlockFeature, NetFeature
 from vdpa_bridge.virtqueue import DriverQueue, RingLayout
-from vdpa_bridge.wire import EMPTY, Iova, VringFile, VringState
+from vdpa_bridge.wire import Iova, VringFile, VringState
 
 IN, OUT, GET_ID = 0, 1, 8
 QUIET = 0.05
@@ -379,36 +378,3 @@ def test_address_is_changed_by_the_control_queue(net_home: Home, nic: NetDriver)
             assert nic.receive() == frame
     finally:
         nic.set_mac(old)
-
-
-def test_control_queue_in_an_address_space_of_its_own(net_home: Home, opener: Opener) -> None:
-    """What the driver of the data queues maps, the control queue does not see (virtio_net on vhost-vdpa with a shadow control queue)."""
-    device = Device(opener())
-    region = Region(Iova(0x300000), 16384)
-    kick = os.eventfd(0, os.EFD_CLOEXEC)
-    try:
-        if device.identify().address_spaces < 2 or not device.identify().backend_features & B.IOTLB_ASID:
-            return
-        device.negotiate(NetFeature.CTRL_VQ | NetFeature.CTRL_MAC_ADDR)
-        call = device.backend.call
-        group = call(ops.GET_VRING_GROUP, VringState(2, 0)).num
-        assert group != call(ops.GET_VRING_GROUP, VringState(0, 0)).num
-        call(ops.SET_GROUP_ASID, VringState(group, 1))
-        area = region.allocate(RingLayout.contiguous(8).size, 4096)
-        queue: DriverQueue[str] = DriverQueue(area.address, area.size, area.iova, 8, owner=region)
-        buffer = region.allocate(64)
-        mac = device.get_config(0, 6)
-        buffer.data[:9] = bytes((1, 1)) + mac + b"\xff"
-        device.start([RingSetup(2, 8, queue.desc, queue.avail, queue.used, kick)], [region.update(asid=1)])
-        assert call(ops.GET_STATUS, EMPTY).value & 0x40 == 0
-        queue.add_many([([(buffer.iova, 2), (buffer.iova + 2, 6)], [(buffer.iova + 8, 1)], "mac")])
-        queue.publish()
-        os.eventfd_write(kick, 1)
-        deadline = time.monotonic() + 5
-        while not queue.reap():
-            assert time.monotonic() < deadline, "the control queue does not answer"
-        assert buffer.data[8] == 0
-    finally:
-        device.close()
-        os.close(kick)
-        region.close()

@@ -154,7 +154,7 @@ def test_bring_up_that_fails_anywhere_leaves_the_device_at_rest(driver: type[Dri
 def spoil_used(disk: Driver, idx: int, entry: tuple[int, int] = (0, 0)) -> None:
     """Write a used ring as only the device may."""
     ring = disk.ring(0).queue
-    area = disk._areas[0]
+    area = disk._spaces[0].rings[0]
     at = ring.used - area.iova
     struct.pack_into("<II", area.data, at + 4, *entry)
     struct.pack_into("<H", area.data, at + 2, idx)

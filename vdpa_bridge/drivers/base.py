@@ -13,20 +13,23 @@ import errno
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self, TypedDict
 
 from ..device import Device, RingSetup
 from ..errors import DeviceBroken, FeatureError, ProtocolError
 from ..flags import BackendFeature, Feature, Status
-from ..memory import PAGE, Buffer, Region
+from ..memory import PAGE, Buffer
 from ..virtio.ids import DeviceId, device_name
 from ..virtqueue import PACKED_BEGIN, DriverQueue, RingLayout
-from .pool import Pool, place
+from ..wire import Iova
+from .pool import Pool, Space, place
 
 RING_FEATURES = Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
 TIMEOUT = 5.0
+_APART_POOL = 16 << 10
+"""Bytes for data of queues in an address space of their own: commands and answers."""
 _LOOK = 0.5
 """Seconds of waiting after which the status byte is looked at, for devices that cannot signal a change."""
 
@@ -41,6 +44,7 @@ class Options(TypedDict, total=False):
     queue_size: int
     pool_size: int
     timeout: float
+    isolated: Collection[int]
 
 
 class Pending:
@@ -95,8 +99,12 @@ class Ring:
         """Post as many as fit, tell the device; return how many. OSError EPROTO when the ring is broken."""
         added = self.queue.add_many(requests)
         if added and self.queue.publish():
-            os.eventfd_write(self.kick, 1)
+            self.notify()
         return added
+
+    def notify(self) -> None:
+        """Let the device look at the ring."""
+        os.eventfd_write(self.kick, 1)
 
     def setup(self) -> RingSetup:
         """The ring as the device is told about it."""
@@ -126,10 +134,12 @@ class Driver:
         queue_size: int = 256,
         pool_size: int = 4 << 20,
         timeout: float = TIMEOUT,
+        isolated: Collection[int] = (),
     ) -> None:
         """Bring the device up with *queues* (default: all) of at most *queue_size* entries and *pool_size* bytes for data.
 
-        *wanted* features are taken where offered, *required* ones must be. *timeout* in seconds is for every wait.
+        *wanted* features are taken where offered, *required* ones must be. *timeout* in seconds is for every wait. Queues that are
+        *isolated* get memory in an address space of their own, and the device sees no other through them, nor that through others.
         FeatureError when device and driver do not fit, ValueError for queues that are not there, OSError from the device.
         """
         self.device = device
@@ -137,7 +147,8 @@ class Driver:
         self.timeout = timeout
         self._wanted, self._required = wanted | ring_features, required
         self._rings: dict[int, Ring] = {}
-        self._region: Region | None = None
+        self._spaces: list[Space] = []
+        self._closed = False
         self._mapped = False
         self._events: list[int] = []
         self._poller = select.poll()
@@ -154,11 +165,15 @@ class Driver:
         ring_size = max(RingLayout.contiguous(self._num, self.table_entries, packed).size for packed in (False, True))
         ring_size = -(-ring_size // PAGE) * PAGE
         pool_size = -(-pool_size // PAGE) * PAGE
-        size = pool_size + ring_size * len(self._indices)
+        together = [index for index in self._indices if index not in isolated]
+        apart = [index for index in self._indices if index in isolated]
+        size = Space.span(ring_size, together, pool_size)
+        whole = size + bool(apart) * Space.span(ring_size, apart, _APART_POOL)
         try:
-            self._region = Region(place(limits.iova_range, size), size)
-            self._areas = [self._region.allocate(ring_size, PAGE) for _ in self._indices]
-            self._pool_area = self._region.allocate(pool_size, PAGE)
+            iova = place(limits.iova_range, whole)
+            self._spaces.append(Space(iova, ring_size, together, pool_size))
+            if apart:
+                self._spaces.append(Space(Iova(iova + size), ring_size, apart, _APART_POOL, asid=1))
             self._eventfds = [(self._eventfd(), self._eventfd()) for _ in self._indices]
             self._config_call = self._eventfd()
             for _, call in self._eventfds:
@@ -177,31 +192,54 @@ class Driver:
         return fd
 
     def _bring_up(self) -> None:
-        region = self._need_region()
+        self._need_open()
         self._forget_rings()
         self.features = int(self.device.negotiate(self._wanted, self._required))
         self._unmap()
+        groups = self._groups()
         event_idx = bool(self.features & Feature.RING_EVENT_IDX)
         self._indirect = bool(self.features & Feature.RING_INDIRECT_DESC)
         table = self.table_entries if self._indirect else 0
         packed = bool(self.features & Feature.RING_PACKED)
-        for index, area, (kick, call) in zip(self._indices, self._areas, self._eventfds, strict=True):
+        for index, (kick, call) in zip(self._indices, self._eventfds, strict=True):
+            space = self._space(index)
+            area = space.rings[index]
             queue: DriverQueue[Pending] = DriverQueue(
-                area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=region, packed=packed
+                area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=space.region, packed=packed
             )
             self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0)
-        self._pool = Pool(self._pool_area)
+        for space in self._spaces:
+            space.renew()
+        self._pool = self._spaces[0].pool
         for fd in self._events:
             _drain(fd)
         self._mapped = True
         try:
-            self.device.start([ring.setup() for ring in self._rings.values()], [region.update()], self._config_call)
+            updates = [space.update() for space in self._spaces]
+            self.device.start([ring.setup() for ring in self._rings.values()], updates, self._config_call, groups)
         except DeviceBroken:
             raise
         except OSError:
             self._mapped = False  # a refused start leaves no mapping of ours, and what lies there may be somebody else's
             raise
         self._ready()
+
+    def _space(self, queue: int) -> Space:
+        """The memory that *queue* sees."""
+        return next(space for space in self._spaces if queue in space.rings)
+
+    def _groups(self) -> dict[int, int]:
+        """The address space of each group that is isolated; FeatureError when the device cannot keep its queues apart from the others."""
+        if len(self._spaces) < 2:
+            return {}
+        limits = self.device.identify()
+        if limits.address_spaces < 2 or not self.device.backend_features & BackendFeature.IOTLB_ASID:
+            raise FeatureError(f"{self.name} has one address space: its queues cannot be isolated from one another")
+        groups = {index: self.device.group_of(index) for index in self._indices}
+        apart = {group for index, group in groups.items() if index in self._spaces[1].rings}
+        if apart & {group for index, group in groups.items() if index in self._spaces[0].rings}:
+            raise FeatureError(f"{self.name} keeps queues in one group that are to be isolated from one another (groups {groups})")
+        return dict.fromkeys(apart, self._spaces[1].asid)
 
     def _forget_rings(self) -> None:
         rings, self._rings = self._rings, {}
@@ -216,7 +254,7 @@ class Driver:
 
     def restart(self) -> None:
         """Reset the device and bring it up again with empty rings. Chains that it had are forgotten."""
-        self._need_region()
+        self._need_open()
         try:
             self._bring_up()
         except BaseException:
@@ -225,38 +263,42 @@ class Driver:
 
     def suspend(self) -> None:
         """Let the device stop with its rings as they are; EOPNOTSUPP where it cannot. Chains can still be posted."""
-        self._need_region()
+        self._need_open()
         self.device.suspend()
 
     def resume(self) -> None:
-        """Go on after ``suspend``; chains posted meanwhile are served."""
-        self._need_region()
+        """Go on after ``suspend``; chains posted meanwhile are served, and those that the device had not come to (vdpa_sim forgets
+        kicks that it has not worked off)."""
+        self._need_open()
         self.device.resume()
+        for ring in self._rings.values():
+            ring.notify()
 
     def _unmap(self) -> None:
         """After a reset: it took the mappings away unless the back-end keeps them. A device may have lost one that its
         back-end kept (kernel 6.12: vdpa_sim), so it is made anew each time."""
         if self._mapped and self.device.backend_features & BackendFeature.IOTLB_PERSIST:
-            self.device.unmap([self._need_region().update()])
+            self.device.unmap([space.update() for space in self._spaces])
         self._mapped = False
 
     def close(self) -> None:
         """Reset the device and give everything back; harmless when done before."""
-        region, self._region = self._region, None
-        if region is None:
+        if self._closed:
             return
+        self._closed = True
         mapped, self._mapped = self._mapped, False
         self._forget_rings()
         try:
             with contextlib.suppress(OSError, ProtocolError):  # a device that is gone holds nothing of ours that we could take back
                 self.device.reset()
                 if mapped and self.device.backend_features & BackendFeature.IOTLB_PERSIST:
-                    self.device.unmap([region.update()])
+                    self.device.unmap([space.update() for space in self._spaces])
         finally:
             for fd in self._events:
                 os.close(fd)
             self._events = []
-            region.close()
+            for space in self._spaces:
+                space.region.close()
 
     def __enter__(self) -> Self:
         return self
@@ -264,14 +306,13 @@ class Driver:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _need_region(self) -> Region:
-        if self._region is None:
+    def _need_open(self) -> None:
+        if self._closed:
             raise ValueError(f"the driver of {self.name} is closed")
-        return self._region
 
     def ring(self, index: int) -> Ring:
         """The driver's end of queue *index*; ValueError when the driver does not have it."""
-        self._need_region()
+        self._need_open()
         if index not in self._rings:
             raise ValueError(f"{self.name}: the driver has no queue {index}, only {', '.join(map(str, self._rings)) or 'none'}")
         return self._rings[index]
@@ -287,24 +328,25 @@ class Driver:
         sizes = [len(data) for data in readable] + list(writable)
         if not sizes or min(sizes) < 1:
             raise ValueError("a chain has one buffer or more, none of them empty")
+        pool = self._space(queue).pool
         buffers: list[Buffer] = []
         sent = 0
         try:
             for size in sizes:
-                buffers.append(self._pool.take(size))  # noqa: PERF401 - what was taken must be known when a later one fails
+                buffers.append(pool.take(size))  # noqa: PERF401 - what was taken must be known when a later one fails
             inputs, outputs = buffers[: len(readable)], buffers[len(readable) :]
             for buffer, data in zip(inputs, readable, strict=True):
                 buffer.data[:] = data
             for buffer in outputs:
                 buffer.data[:] = bytes(buffer.size)
-            posted = Posted(queue, self._pool, inputs, outputs)
+            posted = Posted(queue, pool, inputs, outputs)
             sent = self._submit(ring, [(_segments(inputs), _segments(outputs), posted)])
             if not sent:
                 raise MemoryError(f"{self.name}: queue {queue} has {ring.queue.free} descriptors left, {len(sizes)} are wanted")
         finally:
             if not sent:
                 for buffer in buffers:
-                    self._pool.give(buffer)
+                    pool.give(buffer)
         return posted
 
     def transact(
@@ -330,7 +372,7 @@ class Driver:
 
         Later queues come first: where one feeds the other (net: what is sent may be received), the lower one is complete.
         """
-        self._need_region()
+        self._need_open()
         found = False
         for ring in reversed(list(self._rings.values())):
             try:
@@ -394,7 +436,7 @@ class Driver:
 
     def __repr__(self) -> str:
         kind = DeviceId(self.device_id).name.lower() if self.device_id is not None else "generic"
-        return f"<{type(self).__name__} {self.name}: {kind}, {'closed' if self._region is None else f'queues {self._indices}'}>"
+        return f"<{type(self).__name__} {self.name}: {kind}, {'closed' if self._closed else f'queues {self._indices}'}>"
 
 
 def _segments(buffers: Sequence[Buffer]) -> Segments:

@@ -198,7 +198,7 @@ class BlkDriver(Driver):
         self.info = info = blk_info(self.features, config)
         self._segment = info.size_max or 1 << 32
         segments = min(info.seg_max or 1, self._num - 2)
-        chunk = min(_CHUNK, self._pool_area.size // 4, self._segment * max(segments, 1))
+        chunk = min(_CHUNK, self._pool.size // 4, self._segment * max(segments, 1))
         self._chunk = chunk // SECTOR * SECTOR
         if not self._chunk:
             raise DeviceBroken(f"{self.name} takes {segments} segments of {self._segment} bytes: less than one sector")
@@ -281,9 +281,9 @@ class BlkDriver(Driver):
     def submit(self, requests: Iterable[BlkRequest], *, strict: bool = False) -> Batch:
         """Hand requests over, as many as fit at once and the others as those come back. Nothing about them is checked, so that
         wrong ones can be sent. ValueError when one is larger than the pool."""
-        self._need_region()
+        self._need_open()
         todo = list(requests)
-        most = self._pool_area.size - _ROOM
+        most = self._pool.size - _ROOM
         for request in todo:
             if request.into is not None:
                 request.length = len(request.into)

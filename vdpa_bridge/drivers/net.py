@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Unpack
 
 from ..device import Device
-from ..errors import DeviceBroken
+from ..errors import DeviceBroken, FeatureError
 from ..flags import Feature
 from ..memory import Buffer
 from ..virtio.config import Value, mac_text, parse_config, parse_mac
@@ -69,12 +69,15 @@ class NetDriver(Driver):
     device_id = DeviceId.NET
     table_entries = 4
 
-    def __init__(self, device: Device, *, wanted: int = WANTED, **options: Unpack[Options]) -> None:
-        """See ``Driver``; the control queue is set up when the device has one."""
+    def __init__(self, device: Device, *, wanted: int = WANTED, isolate_cvq: bool = False, **options: Unpack[Options]) -> None:
+        """See ``Driver``; the control queue is set up when the device has one. With *isolate_cvq* it is in an address space of its
+        own, as a VMM has it that answers a guest's commands itself; FeatureError where the device cannot."""
         limits = device.identify()
         ctrl = limits.features & wanted & F.CTRL_VQ and limits.queues > CTRL
         if not ctrl:
             wanted &= ~(F.CTRL_VQ | F.CTRL_MAC_ADDR)
+            if isolate_cvq:
+                raise FeatureError(f"{device.name} has no control queue to isolate")
         self._received: deque[bytes] = deque()
         self._idle: list[_Tx] = []
         self._empty: list[_Rx] = []
@@ -83,6 +86,8 @@ class NetDriver(Driver):
         self.dropped = 0
         """Frames that came in while too many were waiting already."""
         queues: Sequence[int] = (RX, TX, CTRL) if ctrl else (RX, TX)
+        if isolate_cvq:
+            options["isolated"] = (CTRL,)
         super().__init__(device, wanted=wanted & ~F.MQ, queues=queues, **options)
 
     def _ready(self) -> None:
@@ -133,7 +138,7 @@ class NetDriver(Driver):
         ValueError, before anything is sent, for a frame shorter than its header or longer than the MTU allows. TimeoutError when
         the device takes nothing for *timeout* seconds.
         """
-        self._need_region()
+        self._need_open()
         waiting = deque(frames)
         for frame in waiting:
             if not SHORTEST <= len(frame) <= self.max_frame:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 
-from ..memory import PAGE, Buffer
-from ..wire import Iova, IovaRange, ProcessAddress
+from ..memory import PAGE, Buffer, Region
+from ..wire import IotlbUpdate, Iova, IovaRange, ProcessAddress
 
 _ALIGN = 64
 _MSI_FIRST, _MSI_LAST = 0xFEE00000, 0xFEEFFFFF
@@ -61,6 +62,35 @@ class Pool:
         self._free.insert(at, (start, length))
 
     @property
+    def size(self) -> int:
+        """Bytes, taken or not."""
+        return self._whole.size
+
+    @property
     def free(self) -> int:
         """Bytes that are not taken, in however many pieces."""
         return sum(length for _, length in self._free)
+
+
+class Space:
+    """A driver's memory in address space *asid* of the device: the rings of *queues*, and *pool* for what they carry."""
+
+    def __init__(self, iova: Iova, ring_size: int, queues: Sequence[int], pool_size: int, asid: int = 0) -> None:
+        self.asid = asid
+        self.region = Region(iova, self.span(ring_size, queues, pool_size))
+        self.rings = {index: self.region.allocate(ring_size, PAGE) for index in queues}
+        self._area = self.region.allocate(pool_size, PAGE)
+        self.pool = Pool(self._area)
+
+    @staticmethod
+    def span(ring_size: int, queues: Sequence[int], pool_size: int) -> int:
+        """Bytes that it takes; sizes are whole pages."""
+        return ring_size * len(queues) + pool_size
+
+    def renew(self) -> None:
+        """The device was reset: whatever it had is free."""
+        self.pool = Pool(self._area)
+
+    def update(self) -> IotlbUpdate:
+        """The request that lets the device at it."""
+        return self.region.update(asid=self.asid)
