@@ -113,6 +113,16 @@ cdef extern from "virtqueue.h" nogil:
     int vq_driver_enable_call(vq_driver *vq)
     void vq_driver_disable_call(vq_driver *vq)
 
+cdef extern from "relay.h" nogil:
+    enum: RELAY_KICK, RELAY_CALL, RELAY_AGAIN, RELAY_MOVED
+    struct relay:
+        pass
+    int relay_init(relay *r, vq_device *source, vq_driver *to, const iova_map *places)
+    void relay_destroy(relay *r)
+    int relay_move(relay *r, bint take)
+    uint64_t relay_open(const relay *r)
+    bint relay_base(const relay *r, uint32_t *base)
+
 cdef enum:
     BATCH = 64  # chains per crossing into C
     INLINE = 4  # pieces a Chain holds without memory of its own
@@ -164,3 +174,11 @@ cdef class DriverQueue:
     cdef list held  # token by head, or by buffer id
     cdef object owner
     cdef size_t take(self, object segments, size_t count) except? 0
+
+
+@cython.final
+cdef class Relay:
+    cdef relay core
+    cdef DeviceQueue source
+    cdef DriverQueue to
+    cdef IovaMap places

@@ -214,6 +214,34 @@ class DriverQueue(Generic[_T]):
     def broken(self) -> str | None:
         """Why the queue stopped for good, or None."""
 
+KICK: int
+CALL: int
+AGAIN: int
+MOVED: int
+
+@final
+class Relay:
+    """Moves chains from a driver's ring (`source`) to a ring of ours on another device (`to`), and back what was done; data stays where it is.
+
+    `places` maps the driver's IOVAs to those under which the device has the same memory, which stand where addresses do.
+    Neither queue is used by others as long as the relay is. Synchronization: one thread at a time, and no change of a map meanwhile.
+    """
+
+    def __new__(cls, source: DeviceQueue, to: DriverQueue[None], places: IovaMap) -> Self:
+        """ValueError: the ring behind is smaller than the one in front."""
+    def move(self, take: bool = True) -> int:
+        """Hand back what is done, post what is available unless not `take`, ask both sides for the next notification. Without the GIL.
+
+        Returns bits: KICK the device, CALL the driver, AGAIN: there is more to do at once, MOVED: the device gave something back.
+        OSError(EPROTO): a queue is broken, which its `broken` says.
+        """
+    @property
+    def open(self) -> int:
+        """Chains taken from the driver and not handed back."""
+    @property
+    def base(self) -> int | None:
+        """Where the driver's ring goes on once the device has stopped: behind what was handed back; None when a chain before that is open."""
+
 def guard(address: int, size: int) -> None:
     """Survive SIGBUS in this mapping: should its file shrink under it, it becomes zeroed private memory and counts as poisoned.
 

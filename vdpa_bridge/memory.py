@@ -26,6 +26,8 @@ PAGE = 4096
 """The granule of every mapping. Devices that pin memory map whole pages (kernel: vhost_vdpa_pa_map)."""
 
 U64_MAX = (1 << 64) - 1
+INTERRUPTS = 0xFEE00000, 0xFEEFFFFF
+"""x86 takes writes to these addresses for interrupts, and an IOMMU reserves them: first and last."""
 MAX_MAPPINGS = 8192
 """Mappings in one address space: far more than a VMM makes, far less than a process can hold (vm.max_map_count)."""
 

@@ -31,6 +31,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from ._virtqueue import (
+    AGAIN,
+    CALL,
+    KICK,
+    MOVED,
     PERM_RO,
     PERM_RW,
     PERM_WO,
@@ -38,6 +42,7 @@ from ._virtqueue import (
     DeviceQueue,
     DriverQueue,
     IovaMap,
+    Relay,
     guard,
     poisoned,
     ring_layout,
@@ -45,6 +50,10 @@ from ._virtqueue import (
 )
 
 __all__ = [
+    "AGAIN",
+    "CALL",
+    "KICK",
+    "MOVED",
     "PACKED_BEGIN",
     "PERM_RO",
     "PERM_RW",
@@ -53,6 +62,7 @@ __all__ = [
     "DeviceQueue",
     "DriverQueue",
     "IovaMap",
+    "Relay",
     "RingLayout",
     "guard",
     "poisoned",

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vdpa_bridge.backends.base import Backend
 from vdpa_bridge.backends.model import ModelDevice
+from vdpa_bridge.backends.relay import RelayBackend
 from vdpa_bridge.backends.vhost_user import open_vhost_user
 from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
 from vdpa_bridge.models import make_model
@@ -98,9 +99,16 @@ def _legacy(kind: str) -> Iterator[Opener]:
         yield outside
 
 
+@contextmanager
+def _relayed(kind: str) -> Iterator[Opener]:
+    with _in_process(kind) as opener:
+        yield lambda: RelayBackend(opener())
+
+
 _CHILD = """
 import sys
 from vdpa_bridge.backends.model import ModelDevice
+from vdpa_bridge.backends.relay import RelayBackend
 from vdpa_bridge.models import make_model
 from vdpa_bridge.vhost_user.server import Server
 device = ModelDevice(make_model(sys.argv[2], dict(a.split("=", 1) for a in sys.argv[3:])), "child")
@@ -194,6 +202,7 @@ HOMES: list[Home] = [
     *_both("model", _in_process),
     *_both("vdpa", _vdpa, ("vhost-user",)),
     *_both("legacy", _legacy, ("vhost-user", "legacy")),
+    *_both("relay", _relayed),
     Home("process", "blk", _process, ("vhost-user",)),
     Home("qsd", "blk", _storage_daemon, ("vhost-user", "legacy", "qemu-storage-daemon"), "peers", _needs_storage_daemon),
     *_both("sim", _kernel("SIM"), (), "lab", needs=_needs_node("SIM")),

@@ -13,7 +13,7 @@ from vdpa_bridge.drivers.base import RING_FEATURES
 from vdpa_bridge.drivers.blk import BlkDriver
 from vdpa_bridge.drivers.net import NetDriver
 
-WAYS = {str(home): home for home in HOMES if home.name in ("model", "vdpa", "legacy")}
+WAYS = {str(home): home for home in HOMES if home.name in ("model", "vdpa", "legacy", "relay")}
 LAYOUTS = {"direct": Feature.RING_PACKED, "indirect and events": Feature.RING_PACKED | RING_FEATURES}
 
 

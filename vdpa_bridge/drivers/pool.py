@@ -6,21 +6,19 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
-from ..memory import PAGE, Buffer, Region
+from ..memory import INTERRUPTS, PAGE, Buffer, Region
 from ..wire import IotlbUpdate, Iova, IovaRange, ProcessAddress
 
 _ALIGN = 64
-_MSI_FIRST, _MSI_LAST = 0xFEE00000, 0xFEEFFFFF
-"""x86 takes writes to these addresses for interrupts, and an IOMMU reserves them."""
 _LOW = 1 << 20
 
 
 def place(limits: IovaRange, size: int) -> Iova:
     """A page-aligned IOVA for *size* bytes within *limits*, off 0 and off the interrupt window; ValueError when there is none."""
-    for start in (_LOW, PAGE, _MSI_LAST + 1):
+    for start in (_LOW, PAGE, INTERRUPTS[1] + 1):
         iova = -(-max(start, limits.first) // PAGE) * PAGE
         last = iova + size - 1
-        if last <= limits.last and (last < _MSI_FIRST or iova > _MSI_LAST):
+        if last <= limits.last and (last < INTERRUPTS[0] or iova > INTERRUPTS[1]):
             return Iova(iova)
     raise ValueError(f"no room for {size:#x} bytes in the IOVA range [{limits.first:#x}, {limits.last:#x}]; ask for a smaller pool")
 
