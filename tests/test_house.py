@@ -130,7 +130,7 @@ def test_one_door_to_ioctl_numbers(path: Path) -> None:
 
 def test_sans_io() -> None:
     """The protocol core imports no sockets; server, connection and channel are its shells."""
-    core = [PACKAGE / "vhost_user" / f"{name}.py" for name in ("framing", "messages", "vdpa_mode", "session", "legacy_server")]
+    core = [PACKAGE / "vhost_user" / f"{name}.py" for name in ("framing", "messages", "vdpa_mode", "session", "legacy_server", "legacy_life")]
     assert [(p.name, name) for p in core for name in imports(p) if name in ("socket", "select", "threading")] == []
 
 
