@@ -124,7 +124,7 @@ def test_too_little_may_be_pinned() -> None:
         assert "refuses request" in run_client(bridge.path, "--bytes", 65536, status=REFUSED)["error"]
         said = bridge.said()
         assert "RLIMIT_MEMLOCK allows 131072" in said
-        assert "ulimit -l" in said
+        assert f"prlimit --pid {bridge.process.pid} --memlock=" in said
         run_client(bridge.path, "--requests", 20, "--bytes", 512)
 
 

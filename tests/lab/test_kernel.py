@@ -5,30 +5,28 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import stat
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vdpa_bridge import Target, connect, ops
+from vdpa_bridge.backends.memlock import pinned
 from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
-from vdpa_bridge.drivers import BlkDriver
+from vdpa_bridge.drivers import BlkDriver, NetDriver
 from vdpa_bridge.flags import BackendFeature as B
 from vdpa_bridge.memory import Region
 from vdpa_bridge.wire import EMPTY, U64, IotlbInvalidate, IotlbUpdate, Iova, VringState
 
+from ..support.bridge import limited, node
+
 pytestmark = pytest.mark.lab
 HERE = Iova(0x100000)
-
-
-def node(name: str) -> str:
-    """The device node of *name*."""
-    variable = f"VDPA_{name}"
-    if variable not in os.environ:
-        pytest.skip(f"no ${variable}: run it in the lab, tools/lab pytest -m lab tests/lab")
-    return os.environ[variable]
 
 
 @pytest.fixture
@@ -100,18 +98,44 @@ def test_kernel_agrees_after_a_reset(sim: VhostVdpa, memory: Region) -> None:
     os.write(sim._fd, IotlbInvalidate(HERE, memory.size).message())
 
 
-def test_pinned_memory_has_a_limit(vp: VhostVdpa, memory: Region) -> None:
-    """EFAULT becomes ENOMEM, with the limit named, when the device pins and RLIMIT_MEMLOCK is too small."""
-    vp.call(ops.SET_OWNER, EMPTY)
+@pytest.fixture
+def memlock() -> Iterator[Callable[[int], None]]:
+    """Sets the soft limit of memory that this process may pin; as it was afterwards."""
     before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, before[1]))
-    try:
-        with pytest.raises(OSError, match="RLIMIT_MEMLOCK allows 65536") as refused:
-            vp.call(ops.IOTLB_UPDATE, memory.update())
-        assert refused.value.errno == errno.ENOMEM
-    finally:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+
+
+def test_limit_of_pinned_memory_is_raised(vp: VhostVdpa, memory: Region, memlock: Callable[[int], None]) -> None:
+    """By as much as is needed for what this process pins, other devices counted, and for devices that pin alone."""
+    vp.call(ops.SET_OWNER, EMPTY)
+    memlock(65536)
+    with connect(node("SIM_BLK")) as device, BlkDriver(device) as disk:
+        assert disk.read(0, 512)
+        assert resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == 65536
     vp.call(ops.IOTLB_UPDATE, memory.update())
+    assert resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == memory.size
+    assert pinned() == memory.size
+    with connect(node("VP_NET")) as device, NetDriver(device) as nic:
+        assert nic.link_up
+        assert resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == pinned() > memory.size
+    assert pinned() == memory.size
+
+
+def test_limit_of_pinned_memory_that_we_may_not_raise() -> None:
+    """EFAULT becomes ENOMEM: what is needed, what is allowed, and what to type; which then works."""
+    size = 1 << 20
+    command = [*limited(65536), sys.executable, "-m", "vdpa_bridge", "blk", node("VP_BLK"), "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode
+    assert "Cannot allocate memory" in said
+    assert "RLIMIT_MEMLOCK allows 65536 and up to 65536" in said
+    advice = re.search(r"prlimit --pid (\d+) --memlock=(\d+):", said)
+    assert advice, said
+    assert (int(advice[1]), int(advice[2]) > size) == (process.pid, True)
+    command = [*limited(int(advice[2])), *command[command.index(sys.executable) :]]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def test_iova_range_of_an_iommu(vp: VhostVdpa, memory: Region) -> None:

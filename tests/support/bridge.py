@@ -11,7 +11,6 @@ import errno
 import functools
 import json
 import os
-import resource
 import shutil
 import socket
 import struct
@@ -145,21 +144,22 @@ class Bridge:
         return total
 
 
+def limited(memlock: int) -> list[str]:
+    """What runs the command that follows with *memlock* bytes to pin and without the right to more, root or not."""
+    return ["prlimit", f"--memlock={memlock}:{memlock}", "setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]
+
+
 @contextmanager
 def bridging_all(targets: Sequence[str], *options: str, memlock: int | None = None) -> Iterator[list[Bridge]]:
-    """*targets* served to others by one process; *memlock* bytes of RLIMIT_MEMLOCK for it."""
+    """*targets* served to others by one process; which may not raise its RLIMIT_MEMLOCK above *memlock* bytes."""
     with tempfile.TemporaryDirectory(prefix="vb") as directory:
         paths, log = [f"{directory}/{at}" for at in range(len(targets))], Path(directory, "log")
         pairs = [f"{path}={target}" for path, target in zip(paths, targets, strict=True)]
         command = [sys.executable, "-m", "vdpa_bridge", "serve", *pairs, *options]
-        before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if memlock is not None:
+            command = [*limited(memlock), *command]
         with log.open("w") as output:
-            if memlock is not None:
-                resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, before[1]))
-            try:
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True)
-            finally:
-                resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True)
         try:
             end = time.monotonic() + 60
             while log.read_text().count("serving") < len(targets):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 from typing import Any
 
 from .. import _ioctl, ops
@@ -27,12 +26,14 @@ from ..wire import (
     IotlbPayload,
     IotlbUpdate,
 )
+from . import memlock
 from .base import ABSENT, NATIVE, Backend, Capability
 from .hints import hint, lacking
 
 ENOTSUPP = 524
 """The kernel's internal errno that leaks from open() and mmap() of vhost-vdpa; libc has no name for it."""
 
+_NOT_MAPPED = "the kernel refuses the mapping: no owner (SET_OWNER), a descriptor that cannot be shared, or memory that cannot be pinned"
 _OPEN_HINTS = {
     errno.ENOENT: "no such device; `vdpa dev show` lists devices, /sys/bus/vdpa/devices/NAME/ names their nodes",
     errno.EBUSY: "another process has it open",
@@ -134,24 +135,27 @@ class VhostVdpa(Backend):
         table.check(request)
         mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
         try:
-            self._write(request, mapping.address)
-        except OSError as error:
+            self._map(request, mapping.address)
+        except OSError:
             mapping.close()
-            if error.errno != errno.EFAULT:
-                raise
-            raise self._why_efault(table, request) from None
+            raise
         table.add(request, mapping)
+
+    def _map(self, request: IotlbUpdate, address: int) -> None:
+        """Write the message, and put a name to the EFAULT that vhost_chr_write_iter makes of every error."""
+        for last in (False, True):
+            try:
+                return self._write(request, address)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                if last or memlock.suffices(request.size):
+                    raise OSError(error.errno, _NOT_MAPPED) from None
+                if refusal := memlock.make_room(request.size):
+                    raise OSError(errno.ENOMEM, refusal) from None
 
     def _write(self, request: IotlbPayload, uaddr: int = 0) -> None:
         os.write(self._fd, request.message(uaddr))
-
-    def _why_efault(self, table: IotlbTable[SharedMapping], request: IotlbUpdate) -> OSError:
-        """Put a name to the EFAULT that vhost_chr_write_iter makes of every error."""
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        pinned = sum(entry.size for entry in table) + request.size
-        if limit != resource.RLIM_INFINITY and pinned > limit:
-            return OSError(errno.ENOMEM, f"the device pins memory: {pinned} bytes with this mapping, RLIMIT_MEMLOCK allows {limit} (ulimit -l unlimited)")
-        return OSError(errno.EFAULT, "the kernel refuses the mapping: no owner (SET_OWNER), a descriptor that cannot be shared, or memory that cannot be pinned")
 
     def _after_reset(self) -> None:
         """Drop all mappings after a reset, unless they persist.
