@@ -40,6 +40,9 @@ cdef extern from "guard.h" nogil:
     int guard_poisoned(const void *address)
     uint64_t guard_events()
 
+cdef extern from "doorbell.h" nogil:
+    void doorbell_ring(void *page, uint16_t queue)
+
 cdef extern from "chain.h" nogil:
     struct chain_part:
         const iovec *iov

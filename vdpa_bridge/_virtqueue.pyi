@@ -254,6 +254,9 @@ def unguard(address: int) -> None:
 def poisoned(address: int) -> bool:
     """Whether the guarded mapping that starts at `address` was replaced. ValueError when there is none."""
 
+def ring_doorbell(page: int, queue: int) -> None:
+    """Store the index of a queue at the start of a doorbell page that is mapped at `page`: a kick."""
+
 def ring_layout(num: int, table_entries: int = 0, packed: bool = False) -> tuple[int, int, int, int, int]:
     """Offsets of (desc, avail, used, indirect tables) in one contiguous 16-byte aligned area, and its whole size.
 

@@ -97,3 +97,7 @@ def unguard(uintptr_t address):
 
 def poisoned(uintptr_t address):
     return guarded(address, guard_poisoned(<void *> address)) > 0
+
+
+def ring_doorbell(uintptr_t page, uint16_t queue):
+    doorbell_ring(<void *> page, queue)

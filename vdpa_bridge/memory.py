@@ -85,6 +85,29 @@ class SharedMapping:
             _libc.munmap(self._start, self._whole)
 
 
+class Doorbell:
+    """A page of a device by which queue *index* is kicked with one store; *fd* is the device's, and is not kept."""
+
+    def __init__(self, fd: int, index: int) -> None:
+        page = _libc.mmap(None, mmap.PAGESIZE, mmap.PROT_WRITE, mmap.MAP_SHARED, fd, index * mmap.PAGESIZE)
+        if page == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), f"no doorbell page for queue {index}")
+        self.index = index
+        self._page: int = page
+
+    def ring(self) -> None:
+        """Kick. ValueError when closed."""
+        if not self._page:
+            raise ValueError(f"the doorbell of queue {self.index} is closed")
+        _virtqueue.ring_doorbell(self._page, self.index)
+
+    def close(self) -> None:
+        """Unmap; harmless when done before."""
+        page, self._page = self._page, 0
+        if page:
+            _libc.munmap(page, mmap.PAGESIZE)
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A piece of a Region: where the device finds it, and where we do. *data* is valid while the Region is open."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdpa_bridge.flags import BackendFeature as B
-from vdpa_bridge.memory import MAX_MAPPINGS, PAGE, IotlbTable, Region, SharedMapping, as_seen
+from vdpa_bridge.memory import MAX_MAPPINGS, PAGE, Doorbell, IotlbTable, Region, SharedMapping, as_seen
 from vdpa_bridge.wire import RO, RW, IotlbBatchBegin, IotlbBatchEnd, IotlbInvalidate, IotlbUpdate, Iova
 
 U64 = 1 << 64
@@ -224,3 +224,25 @@ def test_table_against_the_naive_one(steps: list[tuple[bool, int, int, int]]) ->
         for space in (0, 1):
             iovas = [entry.iova for entry in table.space(space)]
             assert iovas == sorted(iovas)
+
+
+def test_doorbell_stores_the_index_of_its_queue() -> None:
+    """16 bits of it, at the start of the page that has the queue's number, each time it rings."""
+    fd = os.memfd_create("doorbells", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, 8 * PAGE)
+        bell = Doorbell(fd, 5)
+        for _ in range(2):
+            os.pwrite(fd, b"\xee" * 8 * PAGE, 0)
+            bell.ring()
+            assert os.pread(fd, 8 * PAGE, 0) == b"\xee" * 5 * PAGE + b"\x05\0" + b"\xee" * (3 * PAGE - 2)
+        bell.close()
+        bell.close()
+        with pytest.raises(ValueError, match="queue 5 is closed"):
+            bell.ring()
+        read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        with pytest.raises(PermissionError, match="doorbell page"):
+            Doorbell(read_only, 0)
+        os.close(read_only)
+    finally:
+        os.close(fd)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .. import ops
+from ..memory import Doorbell
 from ..ops import Call, Op, Rep, Req
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
@@ -66,6 +67,10 @@ class Backend(ABC):
     def facts(self) -> dict[str, object]:
         """What else there is to tell about the way to the device (negotiated bits, peer, ...), for ``show``."""
         return {}
+
+    def doorbell(self, index: int) -> Doorbell | None:
+        """Queue *index*'s page for kicks without a system call, to be closed by the caller; None where there is none: kick by eventfd."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import ProtocolError, errno_name, reason
 from ..flags import BackendFeature, Status, bit_names
+from ..memory import Doorbell
 from ..ops import Call, Op, Rep, Req
 from ..wire import EMPTY, describe
 from .base import Backend, Capability
@@ -99,6 +100,10 @@ class TraceBackend(Backend):
     def capability(self, op: Op[Any, Any]) -> Capability:
         """The wrapped back-end's."""
         return self.backend.capability(op)
+
+    def doorbell(self, index: int) -> Doorbell | None:
+        """The wrapped back-end's; what is said by it leaves no line."""
+        return self.backend.doorbell(index)
 
     def facts(self) -> dict[str, object]:
         """The wrapped back-end's."""

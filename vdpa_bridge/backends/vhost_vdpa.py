@@ -16,7 +16,7 @@ from typing import Any
 from .. import _ioctl, ops
 from ..errors import device_error, reason
 from ..flags import BackendFeature
-from ..memory import IotlbTable, SharedMapping, as_seen
+from ..memory import Doorbell, IotlbTable, SharedMapping, as_seen
 from ..ops import Op, Rep, Req
 from ..wire import (
     EMPTY,
@@ -194,7 +194,21 @@ class VhostVdpa(Backend):
 
     def facts(self) -> dict[str, object]:
         """The node."""
-        return {"transport": "ioctls on the character device"}
+        page = self.doorbell(0)
+        if page is not None:
+            page.close()
+        return {"transport": "ioctls on the character device", "kicks": "by eventfd" if page is None else "by doorbell page or eventfd"}
+
+    def doorbell(self, index: int) -> Doorbell | None:
+        """A page that the kernel driver offers (its get_vq_notification), if it is a whole one. ENOBUFS for a queue that is not there."""
+        if not 0 <= index < self.call(ops.GET_VQS_COUNT, EMPTY).value:  # the kernel hands the number on unchecked
+            raise device_error(errno.ENOBUFS, "mmap of a doorbell", self.name, "no such queue (GET_VQS_COUNT)")
+        try:
+            return Doorbell(self._fd, index)
+        except OSError as error:
+            if error.errno not in (ENOTSUPP, errno.EOPNOTSUPP, errno.EINVAL):
+                raise device_error(error.errno or errno.EIO, "mmap of a doorbell", self.name, reason(error)) from None
+            return None
 
     def close(self) -> None:
         """Unmap everything explicitly (VDUSE keeps stale maps otherwise), reset, close."""

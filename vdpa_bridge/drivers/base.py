@@ -20,7 +20,7 @@ from typing import ClassVar, Self, TypedDict
 from ..device import Device, RingSetup
 from ..errors import DeviceBroken, FeatureError, ProtocolError
 from ..flags import BackendFeature, Feature, Status
-from ..memory import PAGE, Buffer
+from ..memory import PAGE, Buffer, Doorbell
 from ..virtio.ids import DeviceId, device_name
 from ..virtqueue import PACKED_BEGIN, DriverQueue, RingLayout
 from ..wire import Iova
@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     pool_size: int
     timeout: float
     isolated: Collection[int]
+    doorbells: bool
 
 
 class Pending:
@@ -83,13 +84,15 @@ class Posted(Pending):
 
 @dataclass
 class Ring:
-    """The driver's end of one virtqueue, with the eventfds it owns."""
+    """The driver's end of one virtqueue, with the ways to call and be called, which it borrows."""
 
     index: int
     queue: DriverQueue[Pending]
     kick: int
     call: int
     base: int = 0
+    doorbell: Doorbell | None = None
+    """Where to kick instead of *kick*."""
 
     def close(self) -> None:
         """The memory under the ring goes or is used anew: let go of the queue."""
@@ -104,7 +107,10 @@ class Ring:
 
     def notify(self) -> None:
         """Let the device look at the ring."""
-        os.eventfd_write(self.kick, 1)
+        if self.doorbell is not None:
+            self.doorbell.ring()
+        else:
+            os.eventfd_write(self.kick, 1)
 
     def setup(self) -> RingSetup:
         """The ring as the device is told about it."""
@@ -135,11 +141,13 @@ class Driver:
         pool_size: int = 4 << 20,
         timeout: float = TIMEOUT,
         isolated: Collection[int] = (),
+        doorbells: bool = True,
     ) -> None:
         """Bring the device up with *queues* (default: all) of at most *queue_size* entries and *pool_size* bytes for data.
 
         *wanted* features are taken where offered, *required* ones must be. *timeout* in seconds is for every wait. Queues that are
         *isolated* get memory in an address space of their own, and the device sees no other through them, nor that through others.
+        Where the device has *doorbells*, kicks are stores, not system calls.
         FeatureError when device and driver do not fit, ValueError for queues that are not there, OSError from the device.
         """
         self.device = device
@@ -151,6 +159,7 @@ class Driver:
         self._closed = False
         self._mapped = False
         self._events: list[int] = []
+        self._doorbells: dict[int, Doorbell] = {}
         self._poller = select.poll()
         limits = device.identify()
         if self.device_id is not None and limits.device_id != self.device_id:
@@ -176,6 +185,9 @@ class Driver:
                 self._spaces.append(Space(Iova(iova + size), ring_size, apart, _APART_POOL, asid=1))
             self._eventfds = [(self._eventfd(), self._eventfd()) for _ in self._indices]
             self._config_call = self._eventfd()
+            if doorbells:
+                pages = {index: device.backend.doorbell(index) for index in self._indices}
+                self._doorbells = {index: page for index, page in pages.items() if page is not None}
             for _, call in self._eventfds:
                 self._poller.register(call, select.POLLIN)
             self._poller.register(self._config_call, select.POLLIN)
@@ -207,7 +219,7 @@ class Driver:
             queue: DriverQueue[Pending] = DriverQueue(
                 area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=space.region, packed=packed
             )
-            self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0)
+            self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0, self._doorbells.get(index))
         for space in self._spaces:
             space.renew()
         self._pool = self._spaces[0].pool
@@ -297,6 +309,8 @@ class Driver:
             for fd in self._events:
                 os.close(fd)
             self._events = []
+            for page in self._doorbells.values():
+                page.close()
             for space in self._spaces:
                 space.region.close()
 
