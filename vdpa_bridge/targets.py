@@ -4,7 +4,7 @@
     /dev/vhost-vdpa-N                 a kernel device by its node
     vdpa:NAME                         a kernel device by its name on the vdpa bus
     vhost-user:PATH[?type=blk&vdpa=prefer|require|off&timeout=5&queue-size=256]
-    model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..]
+    model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
 
 Rule of this file: the only place where a string decides which home a device has.
 """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.homes import DISK_SIZE, SERIAL, Home, Opener
+from tests.support.homes import DISK_SIZE, PAIRS, SERIAL, Home, Opener
 from vdpa_bridge import ops
 from vdpa_bridge.device import Device, RingSetup
 from vdpa_bridge.differences import documented
@@ -363,6 +363,18 @@ def test_frames_come_back(net_home: Home, nic: NetDriver) -> None:
         frame = b"\xff" * 6 + me + b"\x88\xb5" + pattern(seed, 46 + seed * 20)
         nic.send(frame)
         assert nic.receive() == frame
+
+
+def test_frames_come_back_on_every_pair(net_home: Home, device: Device) -> None:
+    """Each on the pair that it was sent over. Devices of other makes have one pair, which is tried above."""
+    pairs = device.identify().queues // 2 if device.identify().features & NetFeature.MQ else 1
+    assert pairs == (PAIRS if not net_home.mark else 1)
+    with NetDriver(device, pairs=pairs, queue_size=16) as nic:
+        for turn in range(20 if pairs > 1 else 0):
+            frames = {pair: b"\xff" * 6 + mac_bytes(nic.mac) + b"\x88\xb5" + pattern(pair, 46 + turn * 20) for pair in range(pairs)}
+            for pair, frame in frames.items():
+                nic.send(frame, pair=pair)
+            assert {pair: nic.receive(pair=pair) for pair in reversed(range(pairs))} == frames
 
 
 def test_address_is_changed_by_the_control_queue(net_home: Home, nic: NetDriver) -> None:

@@ -32,7 +32,8 @@ TIMEOUT = 5.0
 DISK_SIZE = 8 << 20
 SERIAL = "contract"
 MAC = "02:aa:bb:cc:dd:09"
-OPTIONS = {"blk": {"size": str(DISK_SIZE), "serial": SERIAL}, "net": {"mac": MAC}}
+PAIRS = 3
+OPTIONS = {"blk": {"size": str(DISK_SIZE), "serial": SERIAL}, "net": {"mac": MAC, "pairs": str(PAIRS)}}
 
 Opener = Callable[[], Backend]
 """Opens the device once more."""

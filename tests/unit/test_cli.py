@@ -249,7 +249,10 @@ def test_blk_info_and_refusals(disk: Path) -> None:
 def test_net_loops_sends_and_waits() -> None:
     facts = json.loads(good("net", "model:net", "loop", "--count", "100", "--json"))
     assert (facts["frames"], facts["missing"], facts["wrong"]) == (100, 0, 0)
-    assert json.loads(good("net", "model:net?mtu=900", "info", "--json"))["mtu"] == 900
+    facts = json.loads(good("net", "model:net?mtu=900&pairs=3", "info", "--json"))
+    assert (facts["mtu"], facts["pairs"]) == (900, 3)
+    assert json.loads(good("net", "model:net?pairs=3", "loop", "--pairs", "3", "--json"))["missing"] == 0
+    assert "has 1 queue pair, 2 are wanted" in fails(2, "net", "model:net", "loop", "--pairs", "2")
     assert "1 frame of 60 bytes sent" in good("net", "model:net", "send", "ff" * 60)
     assert "3 frames" in good("net", "model:net", "send", "--file", "-", "--count", "3", stdin=bytes(60))
     assert "takes 14 to" in fails(2, "net", "model:net", "send", "ffff")

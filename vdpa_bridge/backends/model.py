@@ -89,7 +89,7 @@ class ModelBackend(RuledBackend):
         self._table: IotlbTable[SharedMapping] = IotlbTable(model.address_spaces)
         self._maps = [IovaMap() for _ in range(model.address_spaces)]
         self._config_call: EventFd | None = None
-        self._group_space = [0] * (max(model.groups, default=0) + 1)
+        self._group_space = [0] * model.groups
         self._runner = device.runner
         self._runner.broken = self._ring_broke
 
@@ -249,7 +249,7 @@ class ModelBackend(RuledBackend):
         return U32(self._model.address_spaces)
 
     def _group(self, index: int) -> int:
-        return self._model.groups[index] if self._model.groups else 0
+        return self._model.group_of(index, self._features)
 
     def _get_vring_group(self, request: VringState) -> VringState:
         self._ring(request.index)

@@ -32,6 +32,7 @@ from ..vhost_user.connection import Connection
 from ..vhost_user.framing import NEED_REPLY, VERSION, frame
 from ..vhost_user.legacy_state import whole_base
 from ..virtio.config import config_size, min_queues
+from ..virtio.features import NetFeature
 from ..virtio.ids import DeviceId, device_name
 from ..wire import (
     U8,
@@ -272,13 +273,19 @@ class VhostUserLegacy(RuledBackend):
         if self._queue_count is None:
             count = min_queues(self._device_id) if self._device_id is not None else 1
             if self._protocol & P.MQ:
-                count = self._ask_u64(m.GET_QUEUE_NUM)
-                if self._device_id == DeviceId.NET:  # the message counts pairs there
-                    count = 2 * count + bool(self._offered & 1 << 17)
+                count = self._pairs() * 2 + bool(self._offered & NetFeature.CTRL_VQ) if self._device_id == DeviceId.NET else self._ask_u64(m.GET_QUEUE_NUM)
             if not 0 < count <= 0x201:  # 256 pairs and a control queue
                 raise RemoteProtocolError(f"{self.name}: GET_QUEUE_NUM says {count} queues")
             self._queue_count = count
         return self._queue_count
+
+    def _pairs(self) -> int:
+        """Queue pairs of a NIC. GET_QUEUE_NUM counts them in DPDK (22.11) and rings elsewhere: the configuration space says it best."""
+        if not self._offered & NetFeature.MQ:
+            return 1
+        if self._protocol & P.CONFIG:
+            return int.from_bytes(self._read_config(8, 2), "little")
+        return self._ask_u64(m.GET_QUEUE_NUM)
 
     def _get_vqs_count(self, request: Empty) -> U32:
         return U32(self._queues())

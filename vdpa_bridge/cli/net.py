@@ -40,10 +40,10 @@ def command(target: str) -> None:
 
 
 @contextmanager
-def _nic(ctx: click.Context, trace: Trace) -> Iterator[NetDriver]:
+def _nic(ctx: click.Context, trace: Trace, pairs: int = 1) -> Iterator[NetDriver]:
     from ..drivers import NetDriver
 
-    with opened(target_of(ctx), trace) as device, NetDriver(device) as nic:
+    with opened(target_of(ctx), trace) as device, NetDriver(device, pairs=pairs) as nic:
         yield nic
 
 
@@ -108,12 +108,14 @@ def recv(ctx: click.Context, count: int, timeout: float, output: Output, trace: 
 @command.command()
 @click.option("--count", type=click.IntRange(1, 1 << 24), default=256, show_default=True, help="Frames to send.")
 @click.option("--size", type=click.IntRange(_SHORTEST, 65535), help="Bytes of each.  [default: from 60 to the largest]")
+@click.option("--pairs", type=click.IntRange(1, 127), default=1, show_default=True, help="Queue pairs; bursts go over each in turn.")
 @click.option("--timeout", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds to wait for a burst.")
 @common_options
 @click.pass_context
-def loop(ctx: click.Context, count: int, size: int | None, timeout: float, output: Output, trace: Trace) -> int:
-    """Test a device that loops broadcasts back (vdpa_sim_net, model:net): every frame must return as it was sent."""
-    with _nic(ctx, trace) as nic:
+def loop(ctx: click.Context, count: int, size: int | None, pairs: int, timeout: float, output: Output, trace: Trace) -> int:
+    """Test a device that loops broadcasts back (vdpa_sim_net, model:net): every frame must return as it was sent, on the queue pair
+    it was sent over."""
+    with _nic(ctx, trace, pairs) as nic:
         largest = nic.mtu + 14
         if size is not None and size > largest:
             raise ValueError(f"--size {size}: {nic.name} takes frames of up to {largest} bytes")
@@ -123,8 +125,9 @@ def loop(ctx: click.Context, count: int, size: int | None, timeout: float, outpu
                 _test_frame(nic, size or _SHORTEST + (at * 97) % (largest - _SHORTEST + 1))
                 for at in range(first, min(count, first + _BURST))
             ]
-            nic.send_many(burst, timeout)
-            back = nic.receive_many(len(burst), timeout)
+            pair = first // _BURST % pairs
+            nic.send_many(burst, timeout, pair)
+            back = nic.receive_many(len(burst), timeout, pair)
             octets += sum(map(len, back))
             wrong += sum(got != sent for got, sent in zip(back, burst, strict=False))
             missing += len(burst) - len(back)

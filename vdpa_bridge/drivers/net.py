@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""A network driver (virtio 1.2, 5.1): Ethernet frames out and in, one queue pair.
+"""A network driver (virtio 1.2, 5.1): Ethernet frames out and in, over one queue pair or several.
 
 Rule of this file: the receive queue is kept full, and frames that came in wait here until somebody asks. No offload is
 asked for, so the virtio_net_hdr is all zeroes and frames are complete.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Unpack
 
 from ..device import Device
@@ -21,9 +21,10 @@ from ..virtio.features import NetFeature as F
 from ..virtio.features import feature_names
 from ..virtio.ids import DeviceId
 from .base import Driver, Options, Pending, Segments
+from .pool import Pool
 
-RX, TX, CTRL = 0, 1, 2
-"""Queues of a device without MQ (virtio 1.2, 5.1.2)."""
+CTRL = 2
+"""The control queue of a driver that does not take MQ (virtio 1.2, 5.1.2)."""
 WANTED = F.MAC | F.MTU | F.STATUS | F.CTRL_VQ | F.CTRL_MAC_ADDR
 
 SHORTEST = 14
@@ -32,35 +33,83 @@ _VLAN = 4
 _DEFAULT_MTU = 1500
 _LINK_UP = 1
 _SET_MAC = bytes((1, 1))
+_SET_PAIRS = bytes((4, 0))
 _BACKLOG = 65536
 """Frames that wait to be asked for; later ones are dropped and counted."""
+
+
+def _most_pairs(device: Device) -> int:
+    """Queue pairs of the device; a control queue may come on top."""
+    limits = device.identify()
+    return limits.queues // 2 if limits.features & F.MQ else 1
 
 
 class _Rx(Pending):
     """A receive buffer."""
 
-    __slots__ = ("buffer", "driver")
+    __slots__ = ("buffer", "pair")
 
-    def __init__(self, driver: NetDriver, buffer: Buffer) -> None:
+    def __init__(self, pair: _Pair, buffer: Buffer) -> None:
         super().__init__()
-        self.driver, self.buffer = driver, buffer
+        self.pair, self.buffer = pair, buffer
 
     def complete(self, written: int) -> None:
         self.written = written
-        self.driver._came(self)
+        self.pair.came(self)
 
 
 class _Tx(Pending):
     """A transmit buffer, which is used again and again."""
 
-    __slots__ = ("buffer", "driver")
+    __slots__ = ("buffer", "pair")
 
-    def __init__(self, driver: NetDriver, buffer: Buffer) -> None:
+    def __init__(self, pair: _Pair, buffer: Buffer) -> None:
         super().__init__()
-        self.driver, self.buffer = driver, buffer
+        self.pair, self.buffer = pair, buffer
 
     def complete(self, written: int) -> None:
-        self.driver._idle.append(self)
+        self.pair.idle.append(self)
+
+
+class _Pair:
+    """The buffers and frames of one queue pair."""
+
+    def __init__(self, driver: NetDriver, number: int) -> None:
+        self._driver = driver
+        self.rx, self.tx = 2 * number, 2 * number + 1
+        self.received: deque[bytes] = deque()
+        self.idle: list[_Tx] = []
+        self.empty: list[_Rx] = []
+        self._parts: list[bytes] = []
+        self._missing = 0
+
+    def fill(self, pool: Pool, depth: int, size: int) -> None:
+        """Start anew: *depth* receive buffers, half as many transmit buffers, so that what loops back finds room."""
+        self.received.clear()
+        self._parts, self._missing = [], 0
+        self.empty = [_Rx(self, pool.take(size)) for _ in range(depth)]
+        self.idle = [_Tx(self, pool.take(size)) for _ in range(depth // 2)]
+
+    def came(self, rx: _Rx) -> None:
+        """A buffer came back: a frame, or with MRG_RXBUF a part of one (virtio 1.2, 5.1.6.4)."""
+        self.empty.append(rx)
+        driver, start = self._driver, 0
+        if not self._missing:
+            if rx.written < driver.header:
+                raise DeviceBroken(f"{driver.name}: a received buffer with {rx.written} bytes, less than a virtio_net_hdr")
+            start, self._missing = driver.header, 1
+            if driver.features & F.MRG_RXBUF:
+                self._missing = int.from_bytes(rx.buffer.data[10:12], "little")
+                if not 0 < self._missing <= driver.ring(self.rx).queue.num:
+                    raise DeviceBroken(f"{driver.name}: a received frame in {self._missing} buffers of a ring of {driver.ring(self.rx).queue.num}")
+        self._parts.append(bytes(rx.buffer.data[start : rx.written]))
+        self._missing -= 1
+        if not self._missing:
+            if len(self.received) < _BACKLOG:
+                self.received.append(b"".join(self._parts))
+            else:
+                driver.dropped += 1
+            self._parts.clear()
 
 
 class NetDriver(Driver):
@@ -69,31 +118,39 @@ class NetDriver(Driver):
     device_id = DeviceId.NET
     table_entries = 4
 
-    def __init__(self, device: Device, *, wanted: int = WANTED, isolate_cvq: bool = False, **options: Unpack[Options]) -> None:
-        """See ``Driver``; the control queue is set up when the device has one. With *isolate_cvq* it is in an address space of its
-        own, as a VMM has it that answers a guest's commands itself; FeatureError where the device cannot."""
+    def __init__(
+        self, device: Device, *, wanted: int = WANTED, pairs: int = 1, isolate_cvq: bool = False, **options: Unpack[Options]
+    ) -> None:
+        """See ``Driver``; the control queue is set up when the device has one and CTRL_VQ is *wanted*. With *isolate_cvq* it is in an
+        address space of its own, as a VMM has it that answers a guest's commands itself; FeatureError where the device cannot.
+
+        More than one of *pairs* needs MQ. A device with a control queue is told their number; without, their rings being enabled
+        says it. ValueError when the device has fewer.
+        """
         limits = device.identify()
-        ctrl = limits.features & wanted & F.CTRL_VQ and limits.queues > CTRL
-        if not ctrl:
+        most = _most_pairs(device)
+        if not 1 <= pairs <= most:
+            raise ValueError(f"{device.name} has {most} queue pair{'s' * (most != 1)}, {pairs} are wanted")
+        if pairs > 1:
+            options["required"] = options.get("required", 0) | F.MQ
+        self._control = 2 * most if pairs > 1 else CTRL
+        queues = list(range(2 * pairs))
+        if limits.features & wanted & F.CTRL_VQ and limits.queues > self._control:
+            queues.append(self._control)
+        else:
             wanted &= ~(F.CTRL_VQ | F.CTRL_MAC_ADDR)
             if isolate_cvq:
                 raise FeatureError(f"{device.name} has no control queue to isolate")
-        self._received: deque[bytes] = deque()
-        self._idle: list[_Tx] = []
-        self._empty: list[_Rx] = []
-        self._parts: list[bytes] = []
-        self._missing = 0
+        if isolate_cvq:
+            options["isolated"] = (self._control,)
         self.dropped = 0
         """Frames that came in while too many were waiting already."""
-        queues: Sequence[int] = (RX, TX, CTRL) if ctrl else (RX, TX)
-        if isolate_cvq:
-            options["isolated"] = (CTRL,)
+        self._pairs = [_Pair(self, number) for number in range(pairs)]
         super().__init__(device, wanted=wanted & ~F.MQ, queues=queues, **options)
 
     def _ready(self) -> None:
-        """Receive buffers for the longest frame, half as many transmit buffers: so what loops back finds room."""
+        """Fill the receive rings with buffers for the longest frame; say how many pairs there are."""
         self.header = 12 if self.features & (Feature.VERSION_1 | F.MRG_RXBUF) else 10
-        self._merge = bool(self.features & F.MRG_RXBUF)
         config = self._config()
         mac, mtu = config.get("mac"), config.get("mtu", _DEFAULT_MTU)
         self.mac = str(mac) if mac is not None else ""
@@ -102,14 +159,14 @@ class NetDriver(Driver):
         """Bytes of payload that a frame may have."""
         self.max_frame = self.mtu + SHORTEST + _VLAN
         size = self.header + self.max_frame
-        depth = min(self._num, self._pool.free * 9 // 10 // (-(-size // 64) * 64) * 2 // 3)
+        depth = min(self._num, self._pool.free * 9 // 10 // len(self._pairs) // (-(-size // 64) * 64) * 2 // 3)
         if depth < 2:
             raise ValueError(f"{self.name}: a pool of {self._pool.free} bytes has no room for frames of {self.max_frame}")
-        self._received.clear()
-        self._parts, self._missing = [], 0
-        self._empty = [_Rx(self, self._pool.take(size)) for _ in range(depth)]
-        self._idle = [_Tx(self, self._pool.take(size)) for _ in range(depth // 2)]
+        for pair in self._pairs:
+            pair.fill(self._pool, depth, size)
         self._replenish()
+        if len(self._pairs) > 1 and self.features & F.CTRL_VQ:
+            self._command(_SET_PAIRS, len(self._pairs).to_bytes(2, "little"), f"{len(self._pairs)} queue pairs")
 
     def _config(self) -> dict[str, Value]:
         size = self.device.identify().config_size
@@ -122,40 +179,46 @@ class NetDriver(Driver):
 
     @property
     def info(self) -> dict[str, object]:
-        """Address, MTU, link and the names of the features agreed on."""
+        """Address, MTU, link, queue pairs there are and the names of the features agreed on."""
         names = feature_names(DeviceId.NET, self.features)
-        return {"mac": self.mac, "mtu": self.mtu, "link_up": self.link_up, "features": names}
+        return {"mac": self.mac, "mtu": self.mtu, "link_up": self.link_up, "pairs": _most_pairs(self.device), "features": names}
 
     # Send ------------------------------------------------------------------------------------------------------------
 
-    def send(self, frame: bytes, timeout: float | None = None) -> None:
+    def send(self, frame: bytes, timeout: float | None = None, pair: int = 0) -> None:
         """Send one frame; returns when the device has taken it."""
-        self.send_many([frame], timeout)
+        self.send_many([frame], timeout, pair)
 
-    def send_many(self, frames: Iterable[bytes], timeout: float | None = None) -> None:
-        """Send *frames*, many in flight; returns when the device has taken all.
+    def send_many(self, frames: Iterable[bytes], timeout: float | None = None, pair: int = 0) -> None:
+        """Send *frames* over queue pair number *pair*, many in flight; returns when the device has taken all.
 
         ValueError, before anything is sent, for a frame shorter than its header or longer than the MTU allows. TimeoutError when
         the device takes nothing for *timeout* seconds.
         """
         self._need_open()
+        over = self._pair(pair)
         waiting = deque(frames)
         for frame in waiting:
             if not SHORTEST <= len(frame) <= self.max_frame:
                 raise ValueError(f"a frame of {len(frame)} bytes; {self.name} takes {SHORTEST} to {self.max_frame} (MTU {self.mtu})")
-        slots = len(self._idle)
+        slots = len(over.idle)
         while waiting:
-            if not self._idle:
-                self.wait(lambda: bool(self._idle), f"transmission of {len(waiting)} frames", timeout)
+            if not over.idle:
+                self.wait(lambda: bool(over.idle), f"transmission of {len(waiting)} frames", timeout)
             chains: list[tuple[Segments, Segments, Pending]] = []
-            while waiting and self._idle:
-                frame, slot = waiting.popleft(), self._idle.pop()
+            while waiting and over.idle:
+                frame, slot = waiting.popleft(), over.idle.pop()
                 end = self.header + len(frame)
                 slot.buffer.data[: self.header] = bytes(self.header)
                 slot.buffer.data[self.header : end] = frame
                 chains.append(([(slot.buffer.iova, end)], [], slot))
-            self._post(TX, chains)
-        self.wait(lambda: len(self._idle) >= slots, "transmission", timeout)
+            self._post(over.tx, chains)
+        self.wait(lambda: len(over.idle) >= slots, "transmission", timeout)
+
+    def _pair(self, number: int) -> _Pair:
+        if not 0 <= number < len(self._pairs):
+            raise ValueError(f"{self.name}: there is no queue pair {number}, the driver has {len(self._pairs)}")
+        return self._pairs[number]
 
     def _post(self, index: int, chains: list[tuple[Segments, Segments, Pending]]) -> None:
         """Post chains of one descriptor each, of which there are never more than the ring has entries."""
@@ -164,45 +227,31 @@ class NetDriver(Driver):
 
     # Receive -----------------------------------------------------------------------------------------------------------
 
-    def receive(self, timeout: float | None = None) -> bytes:
-        """The next frame; TimeoutError when none comes."""
-        if not self._received:
-            self.wait(lambda: bool(self._received), "the arrival of a frame", timeout)
-        return self._received.popleft()
+    def receive(self, timeout: float | None = None, pair: int | None = None) -> bytes:
+        """The next frame, of queue pair number *pair* (default: of any); TimeoutError when none comes."""
+        pairs = self._pairs if pair is None else [self._pair(pair)]
+        if not any(one.received for one in pairs):
+            self.wait(lambda: any(one.received for one in pairs), "the arrival of a frame", timeout)
+        return next(one for one in pairs if one.received).received.popleft()
 
-    def receive_many(self, count: int, timeout: float | None = None) -> list[bytes]:
-        """*count* frames, or those that came within *timeout* seconds (default: the driver's) if these are fewer."""
+    def receive_many(self, count: int, timeout: float | None = None, pair: int | None = None) -> list[bytes]:
+        """*count* frames, or those that came within *timeout* seconds (default: the driver's) if these are fewer.
+
+        In order of arrival within a queue pair; of several pairs, the lower one first.
+        """
+        pairs = self._pairs if pair is None else [self._pair(pair)]
         try:
-            self.wait(lambda: len(self._received) >= count, f"the arrival of {count} frames", timeout)
+            self.wait(lambda: sum(len(one.received) for one in pairs) >= count, f"the arrival of {count} frames", timeout)
         except TimeoutError:
             pass
-        return [self._received.popleft() for _ in range(min(count, len(self._received)))]
-
-    def _came(self, rx: _Rx) -> None:
-        """A buffer came back: a frame, or with MRG_RXBUF a part of one (virtio 1.2, 5.1.6.4)."""
-        self._empty.append(rx)
-        start = 0
-        if not self._missing:
-            if rx.written < self.header:
-                raise DeviceBroken(f"{self.name}: a received buffer with {rx.written} bytes, less than a virtio_net_hdr")
-            start, self._missing = self.header, 1
-            if self._merge:
-                self._missing = int.from_bytes(rx.buffer.data[10:12], "little")
-                if not 0 < self._missing <= self._num:
-                    raise DeviceBroken(f"{self.name}: a received frame in {self._missing} buffers of a ring of {self._num}")
-        self._parts.append(bytes(rx.buffer.data[start : rx.written]))
-        self._missing -= 1
-        if not self._missing:
-            if len(self._received) < _BACKLOG:
-                self._received.append(b"".join(self._parts))
-            else:
-                self.dropped += 1
-            self._parts.clear()
+        waiting = [one for one in pairs for _ in one.received]
+        return [one.received.popleft() for one in waiting[:count]]
 
     def _replenish(self) -> None:
-        empty, self._empty = self._empty, []
-        if empty:
-            self._post(RX, [([], [(rx.buffer.iova, rx.buffer.size)], rx) for rx in empty])
+        for pair in self._pairs:
+            empty, pair.empty = pair.empty, []
+            if empty:
+                self._post(pair.rx, [([], [(rx.buffer.iova, rx.buffer.size)], rx) for rx in empty])
 
     # Control ---------------------------------------------------------------------------------------------------------
 
@@ -211,7 +260,10 @@ class NetDriver(Driver):
         address = parse_mac(mac)
         if not self.features & F.CTRL_MAC_ADDR:
             raise OSError(errno.EOPNOTSUPP, f"{self.name}: CTRL_MAC_ADDR is not among the features agreed on")
-        _, (ack,) = self.transact(CTRL, [_SET_MAC, address], [1], timeout)
-        if ack != b"\0":
-            raise OSError(errno.EIO, f"{self.name} refuses the address {mac} (ack {ack[0]})")
+        self._command(_SET_MAC, address, f"the address {mac}", timeout)
         self.mac = mac_text(address)
+
+    def _command(self, command: bytes, value: bytes, what: str, timeout: float | None = None) -> None:
+        _, (ack,) = self.transact(self._control, [command, value], [1], timeout)
+        if ack != b"\0":
+            raise OSError(errno.EIO, f"{self.name} refuses {what} (ack {ack[0]})")

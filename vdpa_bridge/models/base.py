@@ -45,8 +45,8 @@ class Model(ABC):
     """The device type's own feature bits; RING_FEATURES come on top."""
     queue_count: int
     """How many virtqueues there are."""
-    groups: tuple[int, ...] = ()
-    """The group of each queue; empty for group 0 throughout. Groups can be put into different address spaces."""
+    groups: int = 1
+    """How many groups the queues form (``group_of``). Groups can be put into different address spaces."""
     address_spaces: int = 1
     """How many address spaces there are."""
 
@@ -56,6 +56,10 @@ class Model(ABC):
 
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - most devices ignore writes
         """The driver wrote *data* at *offset*; the range lies inside the configuration space."""
+
+    def group_of(self, index: int, features: int) -> int:
+        """The group of queue *index* for a driver that accepted *features*."""
+        return 0
 
     def start(self, features: int) -> None:  # noqa: B027 - most models need no notice
         """The driver is ready (DRIVER_OK), with *features* accepted."""

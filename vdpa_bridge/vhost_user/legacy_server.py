@@ -140,9 +140,11 @@ class LegacyService(LifeCycle):
         """Deprecated by the specification; back-ends ignore it."""
 
     def _get_queue_num(self, message: Frame, request: Empty) -> U64:
+        """What a client may ask for at most. For a NIC, QEMU compares queue pairs with it, cloud-hypervisor (v53) rings: so rings it is,
+        without the control queue, which clients keep to themselves. Who asks for more pairs is refused at the ring that is not there."""
         count = self._queue_count()
         if self._backend.call(ops.GET_DEVICE_ID, EMPTY).value == DeviceId.NET:
-            count //= 2  # pairs; a control queue comes on top
+            count -= count % 2
         return U64(count)
 
     def _queue_count(self) -> int:
