@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from ..peers.test_testpmd import bounce
+from ..peers.test_testpmd import bounce, make_frames
 from ..support.bridge import Bridge
 from ..support.seen import Seen
 
@@ -22,8 +21,7 @@ pytestmark = [
 
 def test_frames_byte_for_byte(sim_net: Bridge, seen: Seen) -> None:
     """Few enough for the receive ring: the simulator drops what finds no buffer."""
-    rng = random.Random(6)
-    frames = [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(60)]
+    frames = make_frames(6, 60)
     with tempfile.TemporaryDirectory(prefix="vb") as directory:
         assert bounce(sim_net.path, Path(directory), frames) == frames
     sim_net.release()

@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.support.guest import Guest, run_guest
 from tests.support.seen import Seen
+from tests.support.tally import tallied
 from vdpa_bridge import Target
 from vdpa_bridge.vhost_user.server import Server
 
@@ -83,6 +85,43 @@ def test_frames(short_dir: Path, packet_program: bytes, seen: Seen) -> None:
     assert result.status == 0, result.output + result.errors + result.log
     assert "500 frames came back as sent" in result.output
     seen("clients", "QEMU", "net", "model", "split")
+
+
+def test_frames_on_two_queue_pairs(short_dir: Path, packet_program: bytes, heard: Counter[str], seen: Seen) -> None:
+    """Each of two CPUs sends over a pair of its own; when the guest goes back to one pair, both send over that. The commands for
+    it stay between the guest and QEMU, which enables and disables rings."""
+    script = """
+        ip link set eth0 up
+        for i in 1 2 3 4 5; do [ "$(cat /sys/class/net/eth0/carrier)" = 1 ] && break; sleep 0.2; done
+        for cpu in 1 2; do taskset $cpu /packets eth0 200 || exit 1; done
+        /packets eth0 pairs 1 && taskset 2 /packets eth0 50 || exit 1
+        echo SINGLE
+        /packets eth0 pairs 2 && taskset 2 /packets eth0 100
+    """
+    path = short_dir / "s"
+    arguments = [
+        *chardev(path),
+        *("-netdev", "vhost-user,id=n0,chardev=c0,queues=2"),
+        *("-device", "virtio-net-pci,netdev=n0,romfile=,mq=on,vectors=0"),  # without MSI-X, as above
+    ]
+    with (
+        tallied("model:net?pairs=3") as (opener, chains),
+        Server(opener, str(path)),
+        Guest(script, modules=["virtio_net", "af_packet"], files={"packets": packet_program}, qemu_args=arguments, cpus=2) as guest,
+    ):
+        guest.wait_output("SINGLE", timeout=90)
+        single = dict(chains)
+        result = guest.wait(timeout=60)
+    assert result.status == 0, result.output + result.errors + result.log
+    assert "2 of 2 queue pairs, 1 from now on" in result.output
+    assert "1 of 2 queue pairs, 2 from now on" in result.output
+    assert single[0] >= 250, single
+    assert single[2] == single[3], "nothing but our frames goes over the second pair"
+    assert 200 <= single[2] < 250, single
+    assert chains[2] >= 300, chains
+    assert set(chains) == {0, 1, 2, 3}, "the third pair, and the control queue, are not used"
+    assert heard["SET_VRING_ENABLE"] > 4
+    seen("clients", "QEMU", "net", "model", "split", "multi-queue", "control queue")
 
 
 def test_reboot(short_dir: Path, seen: Seen) -> None:

@@ -11,11 +11,13 @@ import struct
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.support.seen import Seen
+from tests.support.tally import tallied
 from vdpa_bridge import Target
 from vdpa_bridge.vhost_user.server import Server
 
@@ -43,22 +45,25 @@ def read_pcap(path: Path) -> list[bytes]:
     return frames
 
 
-def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str = "") -> list[bytes]:
-    """Send *frames* from a pcap file into the socket's device and return what comes back, in the order of arrival."""
-    source, sink, log = directory / "in.pcap", directory / "out.pcap", directory / "log"
-    write_pcap(source, frames)
+def bounce_many(socket_path: str, directory: Path, frames: Sequence[list[bytes]], options: str = "") -> list[list[bytes]]:
+    """Send *frames*, a list for each queue pair, from pcap files into the socket's device; what comes back on each, in order."""
+    count, total, log = len(frames), sum(map(len, frames)), directory / "log"
+    files = [(directory / f"in{at}.pcap", directory / f"out{at}.pcap") for at in range(count)]
+    for (source, _), some in zip(files, frames, strict=True):
+        write_pcap(source, some)
+    pcap = "".join(f",rx_pcap={source}" for source, _ in files) + "".join(f",tx_pcap={sink}" for _, sink in files)
+    queues = f",queues={count},cq=1" if count > 1 else ""
     command = [
         *("dpdk-testpmd", "--lcores", f"0@0,1@{min(1, (os.cpu_count() or 1) - 1)}", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf"),
-        *("--vdev", f"net_virtio_user0,path={socket_path},queue_size=256{options}"),
-        *("--vdev", f"net_pcap0,rx_pcap={source},tx_pcap={sink}"),
-        *("--", "--nb-cores=1", "--forward-mode=io", "--no-flush-rx", "--auto-start", "--stats-period=1", "--total-num-mbufs=4096"),
+        *("--vdev", f"net_virtio_user0,path={socket_path},queue_size=256{queues}{options}", "--vdev", f"net_pcap0{pcap}"),
+        *("--", "--nb-cores=1", "--forward-mode=io", "--no-flush-rx", "--auto-start", "--stats-period=1", "--total-num-mbufs=8192"),
+        *(f"--rxq={count}", f"--txq={count}"),
     ]
     with log.open("wb") as output, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process:
         try:
             end = time.monotonic() + 45
-            size = sum(map(len, frames)) + _RECORD.size * len(frames)
             while time.monotonic() < end and process.poll() is None:
-                if f"TX-packets: {len(frames)} " in log.read_text(errors="replace") and sink.exists():
+                if f"TX-packets: {total} " in log.read_text(errors="replace") and all(sink.exists() for _, sink in files):
                     time.sleep(1)
                     break
                 time.sleep(0.2)
@@ -67,15 +72,25 @@ def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str 
             process.wait(20)
         finally:
             process.kill()
-    got = read_pcap(sink)
-    assert got or not size, f"nothing came back:\n{log.read_text(errors='replace')[-3000:]}"
+    got = [read_pcap(sink) for _, sink in files]
+    assert all(got) or not total, f"nothing came back:\n{log.read_text(errors='replace')[-3000:]}"
     return got
+
+
+def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str = "") -> list[bytes]:
+    """The same over one queue pair."""
+    return bounce_many(socket_path, directory, [frames], options)[0]
+
+
+def make_frames(seed: int, count: int) -> list[bytes]:
+    """Broadcasts of growing size, no two alike."""
+    rng = random.Random(seed)
+    return [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(count)]
 
 
 @pytest.mark.parametrize("options", ["", ",packed_vq=1", ",mrg_rxbuf=0", ",packed_vq=1,mrg_rxbuf=0"])
 def test_echo_byte_for_byte(short_dir: Path, heard: Counter[str], seen: Seen, options: str) -> None:
-    rng = random.Random(3)
-    frames = [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(100)]
+    frames = make_frames(3, 100)
     target = Target.parse("model:net")
     path = str(short_dir / "s")
     with Server(target.open, path) as server:
@@ -84,3 +99,14 @@ def test_echo_byte_for_byte(short_dir: Path, heard: Counter[str], seen: Seen, op
     assert heard["SET_MEM_TABLE"]
     target.close()
     seen("clients", "dpdk-testpmd", "net", "model", "packed" if "packed" in options else "split", "memory table")
+
+
+@pytest.mark.parametrize(("pairs", "options"), [(2, ""), (2, ",packed_vq=1"), (4, ""), (4, ",packed_vq=1")])
+def test_echo_on_every_queue_pair(short_dir: Path, seen: Seen, pairs: int, options: str) -> None:
+    """What goes out over a pair comes back on it; the device has more pairs than are used, and sees nothing on those."""
+    frames = [make_frames(seed, 60) for seed in range(pairs)]
+    path = str(short_dir / "s")
+    with tallied(f"model:net?pairs={pairs + 1}") as (opener, chains), Server(opener, path):
+        assert bounce_many(path, short_dir, frames, options) == frames
+    assert dict(chains) == dict.fromkeys(range(2 * pairs), 60)
+    seen("clients", "dpdk-testpmd", "net", "model", "packed" if options else "split", "multi-queue")

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-/* packets INTERFACE COUNT: sends COUNT broadcast frames of growing size and compares what the interface receives with them. */
+/* packets INTERFACE COUNT: sends COUNT broadcast frames of growing size and compares what the interface receives with them.
+ * packets INTERFACE pairs COUNT: has the interface use COUNT queue pairs. */
 #include <arpa/inet.h>
+#include <linux/ethtool.h>
 #include <linux/if_packet.h>
+#include <linux/sockios.h>
 #include <net/ethernet.h>
 #include <net/if.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -26,8 +30,32 @@ static size_t make(uint8_t *frame, unsigned int number)
 	return length;
 }
 
+static int use_pairs(const char *interface, unsigned int count)
+{
+	struct ethtool_channels channels = {.cmd = ETHTOOL_GCHANNELS};
+	struct ifreq request = {.ifr_data = (char *)&channels};
+	snprintf(request.ifr_name, sizeof request.ifr_name, "%s", interface);
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+	if (fd < 0 || ioctl(fd, SIOCETHTOOL, &request)) {
+		perror("number of queue pairs");
+		return 1;
+	}
+	unsigned int before = channels.combined_count;
+	channels.cmd = ETHTOOL_SCHANNELS;
+	channels.combined_count = count;
+	if (ioctl(fd, SIOCETHTOOL, &request)) {
+		perror("other number of queue pairs");
+		return 1;
+	}
+	printf("%u of %u queue pairs, %u from now on\n", before, channels.max_combined, count);
+	close(fd);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 4 && !strcmp(argv[2], "pairs"))
+		return use_pairs(argv[1], (unsigned int)atoi(argv[3]));
 	if (argc != 3)
 		return 2;
 	struct sockaddr_ll address = {.sll_family = AF_PACKET, .sll_protocol = htons(PROTOCOL), .sll_ifindex = (int)if_nametoindex(argv[1])};

@@ -30,7 +30,7 @@ WORDS = {
     "reconnect": "the server goes and comes back; the client goes on where it was",
     "pause": "rings stopped and started again where they stood",
     "config change": "the device's configuration changes and the client notices",
-    "control queue": "commands to the device (address, number of queue pairs)",
+    "control queue": "commands (address, number of queue pairs), carried out by the device or by a VMM before it",
     "memory table": "memory by SET_MEM_TABLE",
     "memory slots": "memory by ADD_MEM_REG",
     "memory hotplug": "memory added while rings run",

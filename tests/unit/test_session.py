@@ -303,6 +303,33 @@ def test_regions_come_and_go_while_the_device_runs(client: Client) -> None:
     assert client.running
 
 
+def test_regions_added_once_per_queue_pair(client: Client) -> None:
+    """QEMU 7.2 does so; the memory is there until it was removed as often. Another file at the same place is another region."""
+    client.negotiate()
+    region = MemReg.of(MemoryRegion(GUEST, SIZE, USER, 0))
+    for _ in range(2):
+        client.say(m.ADD_MEM_REG, region, client.memory)
+    client.ring()
+    client.say(m.SET_VRING_ENABLE, VringState(0, 1))
+    client.say(m.REM_MEM_REG, region)
+    client.say(m.GET_VRING_BASE, VringState(0, 0))
+    client.ring()
+    assert client.running
+    client.say(m.REM_MEM_REG, region)
+    client.refused("no region", m.REM_MEM_REG, region)
+
+
+def test_another_file_at_the_place_of_a_region(client: Client) -> None:
+    client.negotiate()
+    other = os.memfd_create("other", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(other, SIZE)
+        client.share()
+        client.refused("overlap", m.ADD_MEM_REG, MemReg.of(MemoryRegion(GUEST, SIZE, USER, 0)), other)
+    finally:
+        os.close(other)
+
+
 WRONG_REGIONS = {
     "empty": MemoryRegion(GUEST, 0, USER, 0),
     "guest address wraps": MemoryRegion((1 << 64) - 4096, 8192, USER, 0),

@@ -26,6 +26,8 @@ class ClientRegion:
 
     region: MemoryRegion
     fd: int
+    times: int = 1
+    """How often the client added it: QEMU 7.2 adds and removes all regions once for each queue pair."""
 
     @property
     def update(self) -> IotlbUpdate:
@@ -85,6 +87,15 @@ class ClientMemory:
                 raise ValueError(f"user addresses of the region at {r.user_addr:#x} overlap those of the one at {o.user_addr:#x}")
         return ClientRegion(region, fd)
 
+    def again(self, region: MemoryRegion, fd: int) -> bool:
+        """Whether exactly this is there already; then it has to be removed once more."""
+        new = ClientRegion(region, fd)
+        for held in self.regions:
+            if held.same(new):
+                held.times += 1
+                return True
+        return False
+
     def renew(self, table: Sequence[MemoryRegion], fds: list[int], gpa_addresses: bool) -> tuple[list[ClientRegion], list[ClientRegion]]:
         """Take a whole table over, and *fds* in any case. Returns the regions that are gone, which are now the caller's, and
         those that are new; what stays where it was is neither."""
@@ -97,6 +108,7 @@ class ClientMemory:
                 self.regions.append(new)
                 if (same := next((held for held in old if held.same(new)), None)) is not None:
                     self.regions[-1] = same
+                    same.times = 1
                     old.remove(same)
                     new.close()
                 else:

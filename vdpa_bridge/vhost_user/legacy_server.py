@@ -219,6 +219,8 @@ class LegacyService(LifeCycle):
                 region.close()
 
     def _add_mem_reg(self, message: Frame, request: m.MemReg) -> None:
+        if self._memory.again(request.region, message.fds[0]):
+            return
         if len(self._memory.regions) >= MAX_SLOTS:
             raise ValueError(f"more than {MAX_SLOTS} memory regions")
         region = self._memory.checked(request.region, message.fds[0], self._gpa_addresses)
@@ -232,6 +234,9 @@ class LegacyService(LifeCycle):
         for held in self._memory.regions:
             r = held.region
             if (r.guest_addr, r.size, r.user_addr) == (want.guest_addr, want.size, want.user_addr):
+                held.times -= 1
+                if held.times:
+                    return
                 if self._mapped:
                     self._all([held.gone])
                 self._memory.regions.remove(held)
