@@ -19,7 +19,7 @@ from typing import Any, Self
 from . import ops
 from .backends.base import Backend
 from .errors import DeviceBroken, FeatureError
-from .flags import BackendFeature, Feature, Status, bit_names
+from .flags import BackendFeature, Feature, Status, bit_names, status_text
 from .ops import Call, Op
 from .virtio.ids import device_name
 from .wire import (
@@ -175,9 +175,9 @@ class Device:
         """Feature bits offered."""
         return self.backend.call(ops.GET_FEATURES, EMPTY).value
 
-    def get_status(self) -> Status:
+    def get_status(self) -> int:
         """Device status byte."""
-        return Status(self.backend.call(ops.GET_STATUS, EMPTY).value)
+        return self.backend.call(ops.GET_STATUS, EMPTY).value
 
     def set_status(self, status: int) -> None:
         """Write the status byte. 0 resets; otherwise bits can only be added. Read it back to see what the device made of it."""
@@ -281,9 +281,9 @@ class Device:
             ]
         )
         self._owned = True
-        status = Status(results[-1].value)
+        status = results[-1].value
         if not status & Status.FEATURES_OK:
-            raise FeatureError(f"{self.name} refuses the feature set {agreed:#x}: FEATURES_OK did not stay set (status {status!r})")
+            raise FeatureError(f"{self.name} refuses the feature set {agreed:#x}: FEATURES_OK did not stay set (status {status_text(status)})")
         self.features = agreed
         return agreed
 
@@ -323,9 +323,9 @@ class Device:
             calls.append((ops.SET_CONFIG_CALL, EventFile(config_call)))
         running = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
         calls += [(ops.SET_STATUS, U8(running)), (ops.GET_STATUS, EMPTY)]
-        status = Status(self._all(calls, undo=updates, reset=True)[-1].value)
+        status = self._all(calls, undo=updates, reset=True)[-1].value
         if status & (Status.NEEDS_RESET | Status.FAILED) or not status & Status.DRIVER_OK:
-            raise DeviceBroken(f"{self.name} did not start: status {status!r}")
+            raise DeviceBroken(f"{self.name} did not start: status {status_text(status)}")
 
     @property
     def can_suspend(self) -> bool:

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The bit sets of the protocol, by the names of the virtio spec, linux/vhost_types.h and the vhost-user spec."""
+"""The bits of the protocol, by the names of the virtio spec, linux/vhost_types.h and the vhost-user spec.
+
+Rule of this file: a name is one bit, a set of bits is a plain int. A flag type would make an object of each set, which costs
+more than the rest of an operation, and its ``~`` knows only bits that have a name.
+"""
 
 from __future__ import annotations
 
-from enum import IntFlag
+from enum import IntEnum
 
 
-class Status(IntFlag):
+class Status(IntEnum):
     """Device status byte (virtio 1.2, 2.1)."""
 
     ACKNOWLEDGE = 1
@@ -17,7 +21,7 @@ class Status(IntFlag):
     FAILED = 0x80
 
 
-class BackendFeature(IntFlag):
+class BackendFeature(IntEnum):
     """What a vhost-vdpa back-end can do beyond virtio (VHOST_BACKEND_F_*, linux/vhost_types.h)."""
 
     IOTLB_MSG_V2 = 1 << 1
@@ -30,7 +34,7 @@ class BackendFeature(IntFlag):
     IOTLB_PERSIST = 1 << 8
 
 
-class ProtocolFeature(IntFlag):
+class ProtocolFeature(IntEnum):
     """VHOST_USER_PROTOCOL_F_*; VDPA is this project's (docs/vhost-user-vdpa.md)."""
 
     MQ = 1 << 0
@@ -60,7 +64,7 @@ class ProtocolFeature(IntFlag):
     VDPA = 1 << 56
 
 
-class Feature(IntFlag):
+class Feature(IntEnum):
     """Transport feature bits (virtio 1.2, 6) and the two that belong to vhost alone."""
 
     NOTIFY_ON_EMPTY = 1 << 24
@@ -84,12 +88,12 @@ VHOST_ONLY_FEATURES = VHOST_F_LOG_ALL | VHOST_USER_F_PROTOCOL_FEATURES
 """Bits of a vhost-user feature word that are not the device's."""
 
 
-def without(value: int, bits: int) -> int:
-    """*value* less *bits*. ``value & ~bits`` would drop bits that have no name as well, as ``~`` of an IntFlag knows only named ones."""
-    return int(value) & ~int(bits)
-
-
-def bit_names(flags: type[IntFlag], value: int) -> list[str]:
+def bit_names(flags: type[IntEnum], value: int) -> list[str]:
     """The names of the set bits, ``bit 57`` for those without one."""
-    known = {int(member): member.name or "" for member in flags}
+    known = {int(member): member.name for member in flags}
     return [known.get(1 << bit, f"bit {bit}") for bit in range(value.bit_length()) if value >> bit & 1]
+
+
+def status_text(value: int) -> str:
+    """``0x3 (ACKNOWLEDGE|DRIVER)``"""
+    return f"{value:#x} ({'|'.join(bit_names(Status, value)) or 'reset'})"

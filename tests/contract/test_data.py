@@ -284,7 +284,7 @@ class Bare:
         os.eventfd_write(self.kick, 1)
         deadline = time.monotonic() + 5
         while not (done := self.queue.reap()):
-            assert time.monotonic() < deadline, f"no answer (device status {self.device.get_status()!r})"
+            assert time.monotonic() < deadline, f"no answer (device status {self.device.get_status():#x})"
         assert [token for token, _ in done] == ["id"]
         assert self.buffer.data[95] == 0
         return bytes(self.buffer.data[64:84])

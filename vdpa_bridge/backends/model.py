@@ -85,7 +85,7 @@ class ModelBackend(RuledBackend):
         self._model = model
         self._on_close = on_close
         self.queue_size = model.queue_size
-        self._offered = int(model.features | RING_FEATURES)
+        self._offered = model.features | RING_FEATURES
         self._table: IotlbTable[SharedMapping] = IotlbTable(model.address_spaces)
         self._maps = [IovaMap() for _ in range(model.address_spaces)]
         self._config_call: EventFd | None = None
@@ -145,7 +145,7 @@ class ModelBackend(RuledBackend):
 
     def _ring_broke(self, index: int, why: str) -> None:
         _log.warning("%s: queue %d: %s; the device needs a reset", self.name, index, why)
-        self._status |= int(Status.NEEDS_RESET)
+        self._status |= Status.NEEDS_RESET
         self.config_changed()
 
     # Configuration space -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ..device import Device, RingSetup, first_error
 from ..errors import reason
 from ..eventfd import EventFd
 from ..flags import BackendFeature as B
-from ..flags import Feature, Status, without
+from ..flags import Feature, Status
 from ..memory import U64_MAX
 from ..ops import Op
 from ..virtqueue import PACKED_BEGIN, DeviceQueue, DriverQueue, RingLayout
@@ -42,7 +42,7 @@ from ..wire import (
 from .base import ABSENT, NATIVE, Backend, Capability
 from .relay_memory import RelayMemory
 from .relay_rings import Behind, RelayedRing, RelayRunner
-from .rules import FEATURES_OK, Ring, RuledBackend, refuse
+from .rules import Ring, RuledBackend, refuse
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ _BEHIND = (ops.GET_CONFIG, ops.SET_CONFIG, ops.GET_CONFIG_SIZE, ops.SET_CONFIG_C
 
 def carried(features: int) -> int:
     """Those of *features* that a relay can offer."""
-    return without(features, _TRANSPORT & ~int(_CARRIED))
+    return features & ~(_TRANSPORT & ~_CARRIED)
 
 
 class RelayBackend(RuledBackend):
@@ -139,10 +139,10 @@ class RelayBackend(RuledBackend):
     def _get_status(self, request: Empty) -> U8:
         """Ours; the device may have something to say beside it."""
         status = self._status | self._device.get_status() & (Status.NEEDS_RESET | Status.FAILED)
-        return U8(status & ~FEATURES_OK if self._refused else status)
+        return U8(status & ~Status.FEATURES_OK if self._refused else status)
 
     def _on_status(self, new: int, starts: bool) -> None:
-        if new & ~self._status & FEATURES_OK:
+        if new & ~self._status & Status.FEATURES_OK:
             self._agree()
         if starts:
             if self._refused:
@@ -161,7 +161,7 @@ class RelayBackend(RuledBackend):
 
     def _ring_broke(self, index: int, why: str) -> None:
         _log.warning("%s: queue %d: %s; the device needs a reset", self.name, index, why)
-        self._status |= int(Status.NEEDS_RESET)
+        self._status |= Status.NEEDS_RESET
         if self._config_call is not None:
             self._runner.signal(self._config_call)
 
@@ -183,7 +183,7 @@ class RelayBackend(RuledBackend):
         self._memory.was_reset()
         if error := first_error(answers):
             raise error
-        self._refused = not answers[-1].value & FEATURES_OK
+        self._refused = not answers[-1].value & Status.FEATURES_OK
 
     def _start(self) -> None:
         """From FEATURES_OK on: a ring of ours behind each that the client has, memory, DRIVER_OK; then the client's rings."""

@@ -19,7 +19,7 @@ from .. import ops
 from ..errors import RemoteProtocolError, device_error
 from ..eventfd import EventFd
 from ..flags import BackendFeature as B
-from ..flags import Feature, Status, without
+from ..flags import Feature, Status
 from ..memory import M, as_seen
 from ..ops import Op, Rep, Req
 from ..virtqueue import PACKED_BEGIN
@@ -37,10 +37,6 @@ from ..wire import (
 )
 from .base import Backend
 from .hints import hint
-
-FEATURES_OK, DRIVER_OK = int(Status.FEATURES_OK), int(Status.DRIVER_OK)
-ACCESS_PLATFORM, RING_PACKED = int(Feature.ACCESS_PLATFORM), int(Feature.RING_PACKED)
-"""As plain numbers: arithmetic on flag types costs more than the rest of an operation."""
 
 
 def refuse(number: int, why: str = "") -> OSError:
@@ -72,7 +68,7 @@ class Ring:
 class RuledBackend(Backend):
     """A session whose state is kept here, by the kernel's rules. Synchronization: any thread; operations take turns."""
 
-    offered_backend_features: B
+    offered_backend_features: int
     queue_size: int
     methods: ClassVar[dict[Op[Any, Any], Callable[[Any, Any], Any]]]
     """The method of each operation that this home has."""
@@ -169,9 +165,9 @@ class RuledBackend(Backend):
         self._suspended = False
 
     def _set_features(self, request: U64) -> None:
-        if self._status & FEATURES_OK:
+        if self._status & Status.FEATURES_OK:
             raise refuse(errno.EBUSY)
-        if not request.value & ACCESS_PLATFORM:
+        if not request.value & Feature.ACCESS_PLATFORM:
             raise refuse(errno.EINVAL)
         self._on_features(request.value)
         self._features = request.value
@@ -180,7 +176,7 @@ class RuledBackend(Backend):
         return U64(self.offered_backend_features)
 
     def _set_backend_features(self, request: U64) -> None:
-        if without(request.value, self.offered_backend_features):
+        if request.value & ~self.offered_backend_features:
             raise refuse(errno.EOPNOTSUPP)
         self._backend_features = request.value
 
@@ -209,7 +205,7 @@ class RuledBackend(Backend):
             self._on_reset(bool(self._backend_features & B.IOTLB_PERSIST))
             self._forget()
             return
-        self._on_status(new, bool(new & ~old & DRIVER_OK))
+        self._on_status(new, bool(new & ~old & Status.DRIVER_OK))
         self._status |= new
 
     # Configuration space -------------------------------------------------------------------------------------------------
@@ -243,12 +239,12 @@ class RuledBackend(Backend):
 
     @property
     def _running(self) -> bool:
-        return bool(self._status & DRIVER_OK) and not self._suspended
+        return bool(self._status & Status.DRIVER_OK) and not self._suspended
 
     @property
     def _packed(self) -> bool:
         """Rings are packed: their base is two indices with their wrap counters."""
-        return bool(self._features & RING_PACKED)
+        return bool(self._features & Feature.RING_PACKED)
 
     def _base(self, ring: Ring) -> int:
         """Where a ring stands that does not work."""
@@ -258,7 +254,7 @@ class RuledBackend(Backend):
 
     def _get_vring_size(self, request: VringState) -> VringState:
         ring = self._ring(request.index)
-        return VringState(request.index, ring.num if self._status & DRIVER_OK else self.queue_size)
+        return VringState(request.index, ring.num if self._status & Status.DRIVER_OK else self.queue_size)
 
     def _set_vring_num(self, request: VringState) -> None:
         ring = self._ring(request.index)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from enum import IntFlag
+from enum import IntEnum
 from typing import Any
 
 from ..errors import ProtocolError, errno_name, reason
@@ -30,7 +30,7 @@ from .base import Backend, Capability
 Sink = Callable[[str], None]
 """Takes a line without its end. Called from whichever thread calls the back-end."""
 
-_FLAGS: dict[str, type[IntFlag]] = {"STATUS": Status, "BACKEND_FEATURES": BackendFeature}
+_FLAGS: dict[str, type[IntEnum]] = {"STATUS": Status, "BACKEND_FEATURES": BackendFeature}
 
 
 def format_payload(op: Op[Any, Any], payload: Any) -> str:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from .. import ops
 from ..errors import RemoteProtocolError
 from ..eventfd import EventFd
-from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, Feature, Status, without
+from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, Feature, Status
 from ..flags import BackendFeature as B
 from ..flags import ProtocolFeature as P
 from ..memory import IotlbTable
@@ -91,7 +91,7 @@ class VhostUserLegacy(RuledBackend):
         self._offered = features
         self._protocol_offered = protocol_offered
         self._offers = protocol_offered
-        self._protocol = P(protocol_offered & SPOKEN)
+        self._protocol = protocol_offered & SPOKEN
         self._device_id = device_id
         self.queue_size = queue_size
         self._table: IotlbTable[_Region] = IotlbTable(1, 0, LAST_IOVA)
@@ -151,7 +151,7 @@ class VhostUserLegacy(RuledBackend):
         return {
             "transport": "vhost-user, legacy mode",
             "protocol features offered": f"{self._protocol_offered:#x}",
-            "protocol features used": f"{int(self._protocol):#x}",
+            "protocol features used": f"{self._protocol:#x}",
             "memory slots": self._slots,
         }
 
@@ -185,7 +185,7 @@ class VhostUserLegacy(RuledBackend):
         return U64(self._ask_u64(m.GET_FEATURES) & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM)
 
     def _on_features(self, features: int) -> None:
-        accepted = without(features & self._offered, Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES)
+        accepted = features & self._offered & ~(Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES)
         self._tell(m.SET_FEATURES, U64(accepted | self._offered & VHOST_USER_F_PROTOCOL_FEATURES).pack())
 
     def _get_device_id(self, request: Empty) -> U32:

@@ -19,7 +19,7 @@ from typing import ClassVar, Self, TypedDict
 
 from ..device import Device, RingSetup
 from ..errors import DeviceBroken, FeatureError, ProtocolError
-from ..flags import BackendFeature, Feature, Status
+from ..flags import BackendFeature, Feature, Status, status_text
 from ..memory import PAGE, Buffer, Doorbell
 from ..virtio.ids import DeviceId, device_name
 from ..virtqueue import PACKED_BEGIN, DriverQueue, RingLayout
@@ -413,7 +413,7 @@ class Driver:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, f"{self.name}: no end of {what} within {timeout:g} s; device status {self._status()!r}")
+                raise TimeoutError(errno.ETIMEDOUT, f"{self.name}: no end of {what} within {timeout:g} s; device status {status_text(self._status())}")
             if self._arm():
                 continue
             ready = [fd for fd, _ in self._poller.poll(min(left, _LOOK) * 1000)]
@@ -434,13 +434,13 @@ class Driver:
                 raise self._broken(ring, error) from None
         return more
 
-    def _status(self) -> Status:
+    def _status(self) -> int:
         """The status byte; DeviceBroken when the device does not run any more."""
         status = self.device.get_status()
         if status & (Status.NEEDS_RESET | Status.FAILED):
-            raise DeviceBroken(f"{self.name} gave up: device status {status!r}; reset it (restart)")
+            raise DeviceBroken(f"{self.name} gave up: device status {status_text(status)}; reset it (restart)")
         if not status & Status.DRIVER_OK:
-            raise DeviceBroken(f"{self.name} was reset by somebody else: device status {status!r}; bring it up again (restart)")
+            raise DeviceBroken(f"{self.name} was reset by somebody else: device status {status_text(status)}; bring it up again (restart)")
         return status
 
     def _broken(self, ring: Ring, error: OSError) -> OSError:

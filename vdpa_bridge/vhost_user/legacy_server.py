@@ -16,7 +16,7 @@ from .. import ops
 from ..backends.base import Backend
 from ..errors import RemoteProtocolError, reason
 from ..eventfd import Metronome, kick
-from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status, without
+from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status
 from ..flags import ProtocolFeature as P
 from ..virtio.ids import DeviceId
 from ..wire import (
@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 
 OFFERED = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.GPA_ADDRESSES
 """Protocol features that this server implements."""
+_NOT_OFFERED = Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES
 MAX_SLOTS = 509
 """Memory regions; what libvhost-user offers too, and QEMU expects never to shrink."""
 
@@ -51,8 +52,8 @@ class LegacyService(LifeCycle):
 
     def __init__(self, backend: Backend, extra: int = 0) -> None:
         super().__init__(backend)
-        self._offered = OFFERED | P(extra)
-        self._protocol = P(0)
+        self._offered = OFFERED | extra
+        self._protocol = 0
         self._queues: int | None = None
         self._channel: BackendEnd | None = None
         self._metronome = Metronome()
@@ -113,7 +114,7 @@ class LegacyService(LifeCycle):
 
     def _get_features(self, message: Frame, request: Empty) -> U64:
         device = self._backend.call(ops.GET_FEATURES, EMPTY).value
-        return U64(without(device, Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES) | VHOST_USER_F_PROTOCOL_FEATURES)
+        return U64(device & ~_NOT_OFFERED | VHOST_USER_F_PROTOCOL_FEATURES)
 
     def _set_features(self, message: Frame, request: U64) -> None:
         offered = self._get_features(message, EMPTY).value
@@ -129,9 +130,9 @@ class LegacyService(LifeCycle):
         return U64(self._offered)
 
     def _set_protocol_features(self, message: Frame, request: U64) -> None:
-        if extra := without(request.value, self._offered):
-            raise ValueError(f"accepts {extra:#x}, which was not offered ({int(self._offered):#x})")
-        self._protocol = P(request.value)
+        if extra := request.value & ~self._offered:
+            raise ValueError(f"accepts {extra:#x}, which was not offered ({self._offered:#x})")
+        self._protocol = request.value
 
     def _set_owner(self, message: Frame, request: Empty) -> None:
         """Repeated by some clients, sent before or after the features; the device is owned when it is needed."""

@@ -7,13 +7,13 @@ something else on each device type, so a name needs the device id.
 
 from __future__ import annotations
 
-from enum import IntFlag
+from enum import IntEnum
 
 from ..flags import Feature
 from .ids import DeviceId
 
 
-class NetFeature(IntFlag):
+class NetFeature(IntEnum):
     """VIRTIO_NET_F_* (virtio 1.2, 5.1.3)."""
 
     CSUM = 1 << 0
@@ -52,7 +52,7 @@ class NetFeature(IntFlag):
     SPEED_DUPLEX = 1 << 63
 
 
-class BlockFeature(IntFlag):
+class BlockFeature(IntEnum):
     """VIRTIO_BLK_F_* (virtio 1.2, 5.2.3)."""
 
     BARRIER = 1 << 0
@@ -73,7 +73,7 @@ class BlockFeature(IntFlag):
     ZONED = 1 << 17
 
 
-class ConsoleFeature(IntFlag):
+class ConsoleFeature(IntEnum):
     """VIRTIO_CONSOLE_F_* (virtio 1.2, 5.3.3)."""
 
     SIZE = 1 << 0
@@ -81,7 +81,7 @@ class ConsoleFeature(IntFlag):
     EMERG_WRITE = 1 << 2
 
 
-class BalloonFeature(IntFlag):
+class BalloonFeature(IntEnum):
     """VIRTIO_BALLOON_F_* (virtio 1.2, 5.5.3)."""
 
     MUST_TELL_HOST = 1 << 0
@@ -92,7 +92,7 @@ class BalloonFeature(IntFlag):
     REPORTING = 1 << 5
 
 
-class ScsiFeature(IntFlag):
+class ScsiFeature(IntEnum):
     """VIRTIO_SCSI_F_* (virtio 1.2, 5.6.3)."""
 
     INOUT = 1 << 0
@@ -101,7 +101,7 @@ class ScsiFeature(IntFlag):
     T10_PI = 1 << 3
 
 
-class GpuFeature(IntFlag):
+class GpuFeature(IntEnum):
     """VIRTIO_GPU_F_* (virtio 1.2, 5.7.3)."""
 
     VIRGL = 1 << 0
@@ -111,20 +111,20 @@ class GpuFeature(IntFlag):
     CONTEXT_INIT = 1 << 4
 
 
-class P9Feature(IntFlag):
+class P9Feature(IntEnum):
     """VIRTIO_9P_* (linux/virtio_9p.h)."""
 
     MOUNT_TAG = 1 << 0
 
 
-class VsockFeature(IntFlag):
+class VsockFeature(IntEnum):
     """VIRTIO_VSOCK_F_* (virtio 1.2, 5.10.3)."""
 
     STREAM = 1 << 0
     SEQPACKET = 1 << 1
 
 
-class CryptoFeature(IntFlag):
+class CryptoFeature(IntEnum):
     """VIRTIO_CRYPTO_F_* (virtio 1.2, 5.9.3)."""
 
     REVISION_1 = 1 << 0
@@ -135,7 +135,7 @@ class CryptoFeature(IntFlag):
     AKCIPHER_STATELESS_MODE = 1 << 5
 
 
-class IommuFeature(IntFlag):
+class IommuFeature(IntEnum):
     """VIRTIO_IOMMU_F_* (virtio 1.2, 5.13.3)."""
 
     INPUT_RANGE = 1 << 0
@@ -147,39 +147,39 @@ class IommuFeature(IntFlag):
     BYPASS_CONFIG = 1 << 6
 
 
-class MemFeature(IntFlag):
+class MemFeature(IntEnum):
     """VIRTIO_MEM_F_* (virtio 1.2, 5.15.3)."""
 
     ACPI_PXM = 1 << 0
     UNPLUGGED_INACCESSIBLE = 1 << 1
 
 
-class FsFeature(IntFlag):
+class FsFeature(IntEnum):
     """VIRTIO_FS_F_* (virtio 1.2, 5.11.3)."""
 
     NOTIFICATION = 1 << 0
 
 
-class ScmiFeature(IntFlag):
+class ScmiFeature(IntEnum):
     """VIRTIO_SCMI_F_* (virtio 1.2, 5.17.3)."""
 
     P2A_CHANNELS = 1 << 0
     SHARED_MEMORY = 1 << 1
 
 
-class I2cFeature(IntFlag):
+class I2cFeature(IntEnum):
     """VIRTIO_I2C_F_* (virtio 1.2, 5.19.3)."""
 
     ZERO_LENGTH_REQUEST = 1 << 0
 
 
-class GpioFeature(IntFlag):
+class GpioFeature(IntEnum):
     """VIRTIO_GPIO_F_* (virtio 1.2, 5.18.3)."""
 
     IRQ = 1 << 0
 
 
-_BY_DEVICE: dict[int, type[IntFlag]] = {
+_BY_DEVICE: dict[int, type[IntEnum]] = {
     DeviceId.NET: NetFeature,
     DeviceId.BLOCK: BlockFeature,
     DeviceId.CONSOLE: ConsoleFeature,
@@ -198,7 +198,7 @@ _BY_DEVICE: dict[int, type[IntFlag]] = {
 }
 
 
-def feature_type(device_id: int | None) -> type[IntFlag] | None:
+def feature_type(device_id: int | None) -> type[IntEnum] | None:
     """The flags of a device type; None for one that has no feature bits of its own (rng, input, pmem, ...) or is unknown."""
     return None if device_id is None else _BY_DEVICE.get(device_id)
 
@@ -206,16 +206,16 @@ def feature_type(device_id: int | None) -> type[IntFlag] | None:
 def feature_names(device_id: int | None, value: int) -> list[str]:
     """The set bits of a feature word by name, lowest first; ``bit 57`` for one that the device type does not define."""
     own = feature_type(device_id)
-    known = {int(flag): flag.name or "" for flag in Feature}
-    known |= {int(flag): flag.name or "" for flag in own} if own else {}
+    known = {int(flag): flag.name for flag in Feature}
+    known |= {int(flag): flag.name for flag in own} if own else {}
     return [known.get(1 << bit, f"bit {bit}") for bit in range(value.bit_length()) if value >> bit & 1]
 
 
 def feature_mask(device_id: int | None, names: list[str]) -> int:
     """The inverse of ``feature_names``; also takes ``57`` for a bit. ValueError with the choices for an unknown name."""
     own = feature_type(device_id)
-    known = {flag.name or "": int(flag) for flag in Feature}
-    known |= {flag.name or "": int(flag) for flag in own} if own else {}
+    known = {flag.name: int(flag) for flag in Feature}
+    known |= {flag.name: int(flag) for flag in own} if own else {}
     mask = 0
     for name in names:
         text = name.strip().upper().removeprefix("BIT ")
