@@ -9,6 +9,7 @@ eventfd cannot make us block.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -74,17 +75,17 @@ class Runner:
         self._thread.start()
 
     def start(self) -> None:
-        """Begin to serve; rings that are present already are looked at once without a kick."""
+        """Begin to serve; what rings that are present already hold is served without a kick."""
         self.paused = False
         self.running = True
         for index, ring in self.rings.items():
-            self._watch(index, ring.kick)
+            self._watch(index, ring)
 
     def add(self, index: int, ring: ServedQueue) -> None:
         """A ring comes in."""
         self.rings[index] = ring
         if self.running:
-            self._watch(index, ring.kick)
+            self._watch(index, ring)
 
     def remove(self, index: int) -> ServedQueue | None:
         """A ring goes."""
@@ -101,7 +102,7 @@ class Runner:
             self._unwatch(ring.kick)
         ring.kick = kick
         if self.running:
-            self._watch(index, kick)
+            self._watch(index, ring)
 
     def signal(self, event: EventFd) -> None:
         """Signal *event* from the thread, once it holds no lock."""
@@ -128,9 +129,13 @@ class Runner:
         self._epoll.close()
         os.close(self._wake)
 
-    def _watch(self, index: int, kick: EventFd | None) -> None:
-        if kick is not None:
-            self._epoll.register(kick.fd, select.EPOLLIN | select.EPOLLET)
+    def _watch(self, index: int, ring: ServedQueue) -> None:
+        """Wait for kicks; the thread is woken for a ring that holds chains, or is broken, and sleeps on for one that holds none."""
+        if ring.kick is not None:
+            self._epoll.register(ring.kick.fd, select.EPOLLIN | select.EPOLLET)
+        with contextlib.suppress(OSError):
+            if not ring.queue.enable_kick():
+                return
         self._pending.add(index)
         os.eventfd_write(self._wake, 1)
 
