@@ -19,7 +19,7 @@ from vdpa_bridge.memory import Region
 from vdpa_bridge.virtio.features import BlockFeature
 from vdpa_bridge.wire import Iova, VringState
 
-from ..support.bridge import REFUSED, Bridge, run_client, start_client
+from ..support.bridge import REFUSED, Bridge, bridging, node, run_client, start_client
 from ..support.seen import Seen
 
 pytestmark = pytest.mark.lab
@@ -138,15 +138,16 @@ def test_restart_where_the_ring_stood(sim_blk: Bridge, seen: Seen) -> None:
     seen("clients", "vhost-blk-client", "blk", sim_blk.kind, "pause")
 
 
-def test_hardware_cannot_restart_where_the_ring_stood(vp_blk: Bridge) -> None:
-    """vp_vdpa takes no index but 0: the client is refused, the log has the reason and the way out, the next one is served."""
-    said = run_client(vp_blk.path, "--requests", 50, "--turns", 2, "--keep-index", status=REFUSED)["error"]
-    assert "refuses request" in said
-    line = next(line for line in vp_blk.said().splitlines() if "SET_VRING_BASE" in line)
-    assert vp_blk.target in line
-    assert "index 0" in line
-    vp_blk.works()
-    vp_blk.release()
+def test_hardware_cannot_restart_where_the_ring_stood() -> None:
+    """vp_vdpa takes no index but 0: without a relay the client is refused, the log has the reason and the way out, the next one is served."""
+    with bridging(node("VP_BLK"), "--relay", "off") as bridge:
+        said = run_client(bridge.path, "--requests", 50, "--turns", 2, "--keep-index", status=REFUSED)["error"]
+        assert "refuses request" in said
+        line = next(line for line in bridge.said().splitlines() if "SET_VRING_BASE" in line)
+        assert bridge.target in line
+        assert "index 0" in line
+        bridge.works()
+        bridge.release()
 
 
 # Networks ----------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vdpa_bridge.backends.base import Backend
 from vdpa_bridge.backends.model import ModelDevice
-from vdpa_bridge.backends.relay import RelayBackend
+from vdpa_bridge.backends.relay import relayed
 from vdpa_bridge.backends.vhost_user import open_vhost_user
 from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
 from vdpa_bridge.models import make_model
@@ -103,13 +103,13 @@ def _legacy(kind: str) -> Iterator[Opener]:
 @contextmanager
 def _relayed(kind: str) -> Iterator[Opener]:
     with _in_process(kind) as opener:
-        yield lambda: RelayBackend(opener())
+        yield lambda: relayed(opener())
 
 
 _CHILD = """
 import sys
 from vdpa_bridge.backends.model import ModelDevice
-from vdpa_bridge.backends.relay import RelayBackend
+from vdpa_bridge.backends.relay import relayed
 from vdpa_bridge.models import make_model
 from vdpa_bridge.vhost_user.server import Server
 device = ModelDevice(make_model(sys.argv[2], dict(a.split("=", 1) for a in sys.argv[3:])), "child")

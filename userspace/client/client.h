@@ -20,8 +20,9 @@ enum status {
 
 enum { RING_SIZE = 128, TIMEOUT_S = 20 };
 
-/* Where our memory lies for the device. Not where it lies for us, so that who mixes the two is found out. */
+/* Where our memory lies for the device, and more of it. Not where it lies for us, so that who mixes the two is found out. */
 #define GUEST_ADDRESS 0x40000000ull
+#define LATER_ADDRESS 0x80000000ull
 
 struct memory {
 	int fd;
@@ -50,6 +51,7 @@ struct workload {
 	uint32_t depth, bytes;
 	uint64_t seed;
 	bool skip_writes;
+	uint64_t memory_at, grow_at; /* for the device */
 };
 
 _Noreturn void fail(enum status status, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -29,6 +29,8 @@ static const char usage[] =
 	"  --keep-index    start it anew where it stood, not from 0 (sockets only)\n"
 	"  --mem-table     SET_MEM_TABLE instead of ADD_MEM_REG\n"
 	"  --grow          after the writes, add memory while the ring runs, and read into it (sockets only)\n"
+	"  --memory-at N   where the memory lies for the device (default 0x40000000)\n"
+	"  --grow-at N     the same for what --grow adds (default 0x80000000)\n"
 	"  --control N     instead: the time of N GET_FEATURES and of N / 20 whole bring-ups (sockets only)\n"
 	"\n"
 	"Status: 0 all well, 1 the back-end refused, hung up or talked nonsense, 2 usage, 3 no answer in time, 4 wrong data.\n";
@@ -73,8 +75,8 @@ static void result(const char *name, uint64_t count, double spent, const char *e
 
 static void transfer(struct device *device, const struct workload *load, uint32_t turns, bool keep_index, bool grow)
 {
-	struct memory memory = allocate(GUEST_ADDRESS, ring_memory(load));
-	struct memory later = allocate(GUEST_ADDRESS + (1ull << 30), ring_memory(load));
+	struct memory memory = allocate(load->memory_at, ring_memory(load));
+	struct memory later = allocate(load->grow_at, ring_memory(load));
 	struct ring *ring = ring_new(&memory, load);
 	struct ring_place place = ring_place();
 	double writes = 0, reads = 0;
@@ -140,7 +142,7 @@ static double median(double *values, uint32_t count)
 
 static void control(struct device *device, const struct workload *load, uint32_t count)
 {
-	struct memory memory = allocate(GUEST_ADDRESS, ring_memory(load));
+	struct memory memory = allocate(load->memory_at, ring_memory(load));
 	struct ring *ring = ring_new(&memory, load);
 	struct ring_place place = ring_place();
 	uint32_t ups = count / 20 ? count / 20 : 1;
@@ -187,16 +189,18 @@ static uint64_t number(const char *text, uint64_t least, uint64_t most)
 
 int main(int argc, char **argv)
 {
-	enum { REQUESTS = 1, DEPTH, BYTES, SEED, READ_ONLY, TURNS, KEEP_INDEX, MEM_TABLE, CONTROL, GROW, HELP };
+	enum { REQUESTS = 1, DEPTH, BYTES, SEED, READ_ONLY, TURNS, KEEP_INDEX, MEM_TABLE, CONTROL, GROW, MEMORY_AT, GROW_AT, HELP };
 	static const struct option options[] = {
 		{ "requests", required_argument, NULL, REQUESTS }, { "depth", required_argument, NULL, DEPTH },
 		{ "grow", no_argument, NULL, GROW },		   { "bytes", required_argument, NULL, BYTES },	   { "seed", required_argument, NULL, SEED },
 		{ "read-only", no_argument, NULL, READ_ONLY },	   { "turns", required_argument, NULL, TURNS },
 		{ "keep-index", no_argument, NULL, KEEP_INDEX },   { "mem-table", no_argument, NULL, MEM_TABLE },
+		{ "memory-at", required_argument, NULL, MEMORY_AT }, { "grow-at", required_argument, NULL, GROW_AT },
 		{ "control", required_argument, NULL, CONTROL },   { "help", no_argument, NULL, HELP },
 		{ 0 },
 	};
-	struct workload load = { .requests = 1000, .depth = 8, .bytes = 4096, .seed = 1 };
+	struct workload load = { .requests = 1000, .depth = 8, .bytes = 4096, .seed = 1,
+				 .memory_at = GUEST_ADDRESS, .grow_at = LATER_ADDRESS };
 	struct device device = { .fd = -1 };
 	uint32_t turns = 1, rounds = 0;
 	bool keep_index = false, grow = false;
@@ -214,6 +218,8 @@ int main(int argc, char **argv)
 		case KEEP_INDEX: keep_index = true; break;
 		case GROW: grow = true; break;
 		case MEM_TABLE: device.table = true; break;
+		case MEMORY_AT: load.memory_at = number(optarg, 0, UINT64_MAX); break;
+		case GROW_AT: load.grow_at = number(optarg, 0, UINT64_MAX); break;
 		case CONTROL: rounds = (uint32_t)number(optarg, 1, 10000000); break;
 		case HELP: fputs(usage, stdout); return 0;
 		default: fputs(usage, stderr); return WRONG_USAGE;

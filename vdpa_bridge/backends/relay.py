@@ -69,6 +69,15 @@ def carried(features: int) -> int:
     return features & ~(_TRANSPORT & ~_CARRIED)
 
 
+def relayed(behind: Backend, why: str = "asked for") -> RelayBackend:
+    """A relay in front of *behind*, which is closed when there can be none."""
+    try:
+        return RelayBackend(behind, why)
+    except BaseException:
+        behind.close()
+        raise
+
+
 class RelayBackend(RuledBackend):
     """One opening of the device that *behind* is an opening of, which it takes over. *why* is told to those who ask."""
 
@@ -76,7 +85,7 @@ class RelayBackend(RuledBackend):
         B.IOTLB_MSG_V2 | B.IOTLB_BATCH | B.IOTLB_ASID | B.SUSPEND | B.RESUME | B.ENABLE_AFTER_DRIVER_OK | B.IOTLB_PERSIST
     )
 
-    def __init__(self, behind: Backend, why: str = "asked for") -> None:
+    def __init__(self, behind: Backend, why: str) -> None:
         super().__init__(behind.name)
         self.why = why
         self._behind = behind

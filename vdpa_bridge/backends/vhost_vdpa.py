@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from pathlib import Path
 from typing import Any
 
 from .. import _ioctl, ops
 from ..errors import device_error, reason
 from ..flags import BackendFeature
-from ..memory import Doorbell, IotlbTable, SharedMapping, as_seen
+from ..memory import U64_MAX, Doorbell, IotlbTable, SharedMapping, as_seen
 from ..ops import Op, Rep, Req
 from ..wire import (
     EMPTY,
@@ -43,12 +44,24 @@ _OPEN_HINTS = {
 }
 
 
+def reserved_regions(fd: int) -> list[tuple[int, int, str]]:
+    """First, last and kind of what the IOMMU in front of a device keeps for others. The kernel maps there, and the device
+    does not get at it: x86 takes writes to the ``msi`` window for interrupts."""
+    number = os.fstat(fd).st_rdev
+    node = Path(f"/sys/dev/char/{os.major(number)}:{os.minor(number)}").resolve()
+    files = [parent / "iommu_group" / "reserved_regions" for parent in node.parents]
+    lines = next((file.read_text().splitlines() for file in files if file.exists()), [])
+    found = [(int(first, 16), int(last, 16), kind) for first, last, kind in (line.split() for line in lines)]
+    return [region for region in found if region[2] != "direct-relaxable"]
+
+
 class VhostVdpa(Backend):
     """One opening of /dev/vhost-vdpa-N. Takes over *fd* when one is given."""
 
     def __init__(self, path: str, fd: int = -1) -> None:
         self.name = path
         self._table: IotlbTable[SharedMapping] | None = None
+        self._reserved: list[tuple[int, int, str]] = []
         self._backend_features = 0
         self._missing: set[Op[Any, Any]] = set()
         self._owned: bool | None = False if fd < 0 else None  # None: whoever opened it may have taken it
@@ -99,7 +112,7 @@ class VhostVdpa(Backend):
     def _mappings(self) -> IotlbTable[SharedMapping]:
         """The table, made on first use: the device's address spaces and IOVA range do not change."""
         if self._table is None:
-            spaces, first, last = 1, 0, (1 << 64) - 1
+            spaces, first, last = 1, 0, U64_MAX
             try:
                 spaces = max(1, self.call(ops.GET_AS_NUM, EMPTY).value)
                 limits = self.call(ops.GET_IOVA_RANGE, EMPTY)
@@ -107,6 +120,8 @@ class VhostVdpa(Backend):
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
+            if last < U64_MAX:  # the platform's IOMMU, not one of the device
+                self._reserved = reserved_regions(self._fd)
             self._table = IotlbTable(spaces, first, last)
         return self._table
 
@@ -133,6 +148,10 @@ class VhostVdpa(Backend):
 
     def _update(self, table: IotlbTable[SharedMapping], request: IotlbUpdate) -> None:
         table.check(request)
+        first, last = request.iova, request.iova + request.size - 1
+        for start, end, kind in self._reserved:
+            if first <= end and start <= last:
+                raise OSError(errno.EINVAL, f"[{first:#x}, {last:#x}] runs into [{start:#x}, {end:#x}], which the IOMMU reserves ({kind})")
         mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
         try:
             self._map(request, mapping.address)

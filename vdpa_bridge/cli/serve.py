@@ -67,6 +67,13 @@ vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do
     help="vDPA mode: only, besides stock vhost-user, or never.",
 )
 @click.option(
+    "--relay",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Move requests between rings of our own and the client's: where the device needs it, always, never.",
+)
+@click.option(
     "--socket-mode", type=_Parsed("octal", "parse_mode"), default=0o600, metavar="OCTAL", help="Permissions of the sockets.  [default: 600]"
 )
 @click.option("--socket-group", type=_Parsed("group", "parse_group"), metavar="NAME|GID", help="Group of the sockets.")
@@ -83,6 +90,7 @@ def command(
     fd: int | None,
     config: str | None,
     vdpa: str,
+    relay: str,
     socket_mode: int,
     socket_group: int | None,
     timeout: float,
@@ -103,7 +111,7 @@ def command(
     from ..service.service import Interrupted, Service, Signals
     from ..service.spec import DeviceSpec, checked, read_config
 
-    defaults = DeviceSpec("", mode=socket_mode, group=socket_group, vdpa=vdpa, timeout=timeout)
+    defaults = DeviceSpec("", mode=socket_mode, group=socket_group, vdpa=vdpa, timeout=timeout, relay=relay)
     specs = [*_from_words(words, socket_path, fd, defaults), *(read_config(config, defaults) if config is not None else [])]
     if not specs:
         raise click.UsageError("nothing to serve: give a TARGET, PATH=TARGET words or --config")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from ..backends.base import Backend
 from ..backends.model import ModelDevice
+from ..backends.relay import relayed
 from ..errors import PeerClosed, ProtocolError, RemoteProtocolError, reason
 from ..models import BlkModel, make_model
 from ..targets import Target
@@ -48,7 +49,8 @@ class ServedDevice:
         return first if first is not None else self._open()
 
     def _open(self) -> Backend:
-        return self._wrap(self._session(), self.spec.name)
+        backend = self._session()
+        return self._wrap(relayed(backend) if self.spec.relay == "on" else backend, self.spec.name)
 
     def _session(self) -> Backend:
         if self._target.scheme != "model":
@@ -82,13 +84,20 @@ class ServiceServer(Server):
 
     def __init__(self, device: ServedDevice, listener: Listener, on_client: Callable[[], None]) -> None:
         spec = device.spec
-        super().__init__(self._take, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout)
+        super().__init__(self._take, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout, relay=spec.relay == "auto")
         self.device = device
         self.listener = listener
         self.peer: PeerCredentials | None = None
         """The client that is being served."""
         self._on_client = on_client
         self._opened: Backend | None = None
+        self._session: Session | None = None
+
+    @property
+    def relayed(self) -> str:
+        """Why the client's requests go through a relay, empty if they do not."""
+        session = self._session
+        return "" if session is None else "asked for" if self.device.spec.relay == "on" else session.relayed
 
     def run(self) -> None:
         """Serve until ``stop``; what is logged meanwhile belongs to this device."""
@@ -117,6 +126,7 @@ class ServiceServer(Server):
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
         start = time.monotonic()
+        self._session = session
         level, name, why = logging.WARNING, "drop", "a defect of this server"
         try:
             super()._converse(client, session, receiver)
@@ -129,6 +139,7 @@ class ServiceServer(Server):
         except OSError as error:
             why = reason(error)
         finally:
+            self._session = None
             if self._stopping.is_set():
                 level, name, why = logging.INFO, "disconnect", "this server stops"
             event(level, name, why, mode=session.mode, seconds=round(time.monotonic() - start, 3))

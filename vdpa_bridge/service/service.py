@@ -158,6 +158,8 @@ class Service:
         for server in self.servers:
             peer = server.peer
             text = f"serves process {peer.pid} of user {peer.uid}" if peer is not None else "waits for a client"
+            if why := server.relayed:
+                text += f"; relay: {why}"
             event(logging.WARNING, "status", text, device=server.device.spec.name, served=server.served)
 
     def stop(self) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 VDPA_MODES = ("require", "prefer", "off")
-_KEYS = ("target", "socket-path", "socket-mode", "socket-group", "vdpa", "timeout", "name")
+RELAY_MODES = ("auto", "on", "off")
+_KEYS = ("target", "socket-path", "socket-mode", "socket-group", "vdpa", "relay", "timeout", "name")
 _SCHEME = re.compile(r"(model|vdpa|vhost-user):")
 _LONGEST_PATH = 107
 """Bytes of sun_path without its final zero (unix(7))."""
@@ -33,6 +34,7 @@ class DeviceSpec:
     group: int | None = None
     vdpa: str = "prefer"
     timeout: float = 5.0
+    relay: str = "auto"
 
 
 def parse_mode(text: str) -> int:
@@ -108,6 +110,7 @@ def _from_table(table: object, defaults: DeviceSpec) -> DeviceSpec:
         mode=parse_mode(values["socket-mode"]) if "socket-mode" in values else defaults.mode,
         group=parse_group(values["socket-group"]) if "socket-group" in values else defaults.group,
         vdpa=values.get("vdpa", defaults.vdpa),
+        relay=values.get("relay", defaults.relay),
         timeout=float(timeout),
     )
 
@@ -120,6 +123,8 @@ def checked(specs: Iterable[DeviceSpec]) -> list[DeviceSpec]:
             raise ValueError(f"name {spec.name!r}: 1 to 64 letters, digits and . _ @ + -; give the device a name = in the configuration")
         if spec.vdpa not in VDPA_MODES:
             raise ValueError(f"{spec.name}: vdpa = {spec.vdpa}; it is require, prefer or off")
+        if spec.relay not in RELAY_MODES:
+            raise ValueError(f"{spec.name}: relay = {spec.relay}; it is auto, on or off")
         if not _TIMEOUT[0] <= spec.timeout <= _TIMEOUT[1]:
             raise ValueError(f"{spec.name}: timeout = {spec.timeout:g}; it has {_TIMEOUT[0]:g} to {_TIMEOUT[1]:g} seconds")
         if spec.socket_path is not None and not 0 < (size := len(spec.socket_path.encode())) <= _LONGEST_PATH:

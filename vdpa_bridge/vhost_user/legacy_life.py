@@ -4,33 +4,46 @@
 Rule of this file: the life cycle is derived, because many clients never send DRIVER_OK (vhost-user spec, "Ring states").
 The device is brought up, with all that was said so far, when the first ring has size, addresses and kick and is
 enabled; it is reset when the last one is stopped. Memory stays known across that and is mapped again where needed.
-The client's guest physical addresses become the IOVAs.
+The client's guest physical addresses become the IOVAs. A device that cannot have the client's memory or rings as they are
+gets a relay in front of it, from then on as long as the client is there.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .. import ops
 from ..backends.base import Backend
+from ..backends.relay import RelayBackend
 from ..device import UNDERSTOOD, first_error
+from ..errors import reason
 from ..eventfd import kick, was_kicked
 from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status
+from ..memory import U64_MAX
 from ..ops import Call
-from ..wire import EMPTY, U8, U64, IotlbBatchBegin, IotlbBatchEnd, VringFile, VringState
+from ..wire import EMPTY, U8, U64, EventFile, IotlbBatchBegin, IotlbBatchEnd, IotlbInvalidate, Iova, VringFile, VringState
+from .backend_channel import BackendEnd
 from .legacy_memory import ClientMemory
 from .legacy_state import ClientRing
+
+_log = logging.getLogger(__name__)
 
 _RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
 class LifeCycle:
-    """A device and what its client has said of itself, its memory and its rings so far. Does not own the back-end."""
+    """A device and what its client has said of itself, its memory and its rings so far. Does not own the back-end.
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    *relay*: whether a relay may come between us and the device; ``relayed`` then says why it did.
+    """
+
+    def __init__(self, backend: Backend, relay: bool = True) -> None:
+        self._device = self._backend = backend
+        self._may_relay = relay
+        self.relayed = ""
         self._features = 0
         self._backend_features = 0
         self._owned = False
@@ -39,6 +52,7 @@ class LifeCycle:
         self._status = 0
         self._memory = ClientMemory()
         self._rings: dict[int, ClientRing] = {}
+        self._channel: BackendEnd | None = None
 
     def _all(self, calls: list[Call]) -> None:
         if error := first_error(self._backend.call_many(calls)):
@@ -101,6 +115,23 @@ class LifeCycle:
         return bool(self._backend_features & BackendFeature.ENABLE_AFTER_DRIVER_OK)
 
     def _bring_up(self, ready: dict[int, ClientRing]) -> None:
+        self._negotiate()
+        obstacle = self._obstacle()
+        if not obstacle:
+            try:
+                self._start(ready)
+                return
+            except OSError as error:
+                if not self._relay_helps(error):
+                    raise
+                obstacle = reason(error)
+        self._interpose(obstacle)
+        self._negotiate()
+        self._start(ready)
+
+    def _negotiate(self) -> None:
+        """Own the device, and bring it from reset to FEATURES_OK."""
+        self._own()
         driver = Status.ACKNOWLEDGE | Status.DRIVER
         features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
         self._all(
@@ -114,6 +145,9 @@ class LifeCycle:
         )
         if not self._backend.call(ops.GET_STATUS, EMPTY).value & Status.FEATURES_OK:
             raise OSError(errno.EINVAL, f"the device refuses the features {features:#x}")
+
+    def _start(self, ready: dict[int, ClientRing]) -> None:
+        """From FEATURES_OK on: memory, rings, DRIVER_OK."""
         if not self._mapped:
             try:
                 self._all(self._batch([region.there for region in self._memory.regions]))
@@ -134,6 +168,59 @@ class LifeCycle:
             if was_kicked(ring.kick):
                 kick(ring.kick)  # a kick before DRIVER_OK is lost (vdpa_sim_net.c, vdpa_sim_blk.c), and so is one before a restart
 
+    # The relay -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _can_relay(self) -> bool:
+        """A relay does not keep the order of IN_ORDER."""
+        return self._may_relay and not self.relayed and not self._features & Feature.IN_ORDER
+
+    def _obstacle(self) -> str:
+        """What the client will ask of a negotiated device in vain: where its packed rings stand. Split ones say it themselves."""
+        if self._can_relay and self._features & Feature.RING_PACKED:
+            try:
+                self._backend.call(ops.GET_VRING_BASE, VringState(0, 0))
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    return f"the device does not say where packed rings stand: {reason(error)}"
+        return ""
+
+    def _relay_helps(self, error: OSError) -> bool:
+        """Whether what the device refused may go with a relay: memory out of its reach, a ring that starts elsewhere than at 0."""
+        return self._can_relay and error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC)
+
+    def _remap(self, calls: list[Call]) -> bool:
+        """Change the mappings of the device. False: a relay came in between, to be brought up when all memory is known."""
+        try:
+            self._all(calls)
+        except OSError as error:
+            if not self._relay_helps(error):
+                raise
+            self._interpose(reason(error))
+            return False
+        return True
+
+    def _interpose(self, why: str) -> None:
+        """Put a relay in front of the device. It has to be brought up anew, with all that the client has said."""
+        self._stop_all()
+        self._backend.call(ops.IOTLB_INVALIDATE, IotlbInvalidate(Iova(0), U64_MAX))
+        self._backend, self.relayed = RelayBackend(self._device, why), why
+        self._owned = self._mapped = False
+        _log.warning("%s: relay: %s", self._device.name, why)
+        self._watch_config()
+
+    def _watch_config(self) -> None:
+        """Have changes of the configuration told to the client, if it listens."""
+        if self._channel is not None:
+            self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.event))
+
+    def close_relay(self) -> None:
+        """End the relay, if there is one; the device is closed then."""
+        if self._backend is not self._device:
+            self._backend.close()
+
+    # At rest ---------------------------------------------------------------------------------------------------------------
+
     @contextmanager
     def _at_rest(self) -> Iterator[bool]:
         """The device suspended meanwhile; without SUSPEND it is reset, which yields False, and brought up again where it stood."""
@@ -144,26 +231,32 @@ class LifeCycle:
             yield True
             self._backend.call(ops.RESUME, EMPTY)
         else:
-            self._note_bases()
-            self._reset()
+            self._stop_all()
             yield False
             self._sync()
 
-    def _note_bases(self) -> None:
-        """Where the working rings stand; the device at rest meanwhile, if it can."""
+    def _stop_all(self) -> None:
+        """Reset the device and know where its rings stood. One that does not tell has used.idx complete when it is reset."""
         if any(ring.set_up for ring in self._rings.values()) and self._backend_features & BackendFeature.SUSPEND:
             self._backend.call(ops.SUSPEND, EMPTY)
-        for index, ring in self._rings.items():
-            if ring.set_up:
-                ring.base = self._base(index, ring)
+        working = [ring for ring in self._rings.values() if ring.set_up]
+        told = [self._told_base(index) for index, ring in self._rings.items() if ring.set_up]
+        self._reset()
+        for ring, base in zip(working, told, strict=True):
+            ring.base = self._read_base(ring) if base is None else base
 
-    def _base(self, index: int, ring: ClientRing) -> int:
-        """Next available index of a ring at rest. Devices that cannot tell have completed all that they took: used.idx says it."""
+    def _told_base(self, index: int) -> int | None:
+        """Next available index of a ring at rest; None when the device does not tell it, but the ring does."""
         try:
             return self._backend.call(ops.GET_VRING_BASE, VringState(index, 0)).num
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP or ring.addr is None or self._features & Feature.RING_PACKED:
+            if error.errno != errno.EOPNOTSUPP or self._features & Feature.RING_PACKED:
                 raise
+        return None
+
+    def _read_base(self, ring: ClientRing) -> int:
+        """The same from the ring: a device that has stopped has completed all that it took."""
+        assert ring.addr is not None
         return self._memory.used_index(ring.addr)
 
     def _reset(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 from .. import ops
@@ -25,7 +25,6 @@ from ..wire import (
     ConfigData,
     ConfigRange,
     Empty,
-    EventFile,
     Payload,
     VringAddr,
     VringFile,
@@ -50,12 +49,11 @@ MAX_SLOTS = 509
 class LegacyService(LifeCycle):
     """One legacy client of one device. Does not own the back-end."""
 
-    def __init__(self, backend: Backend, extra: int = 0) -> None:
-        super().__init__(backend)
+    def __init__(self, backend: Backend, extra: int = 0, relay: bool = True) -> None:
+        super().__init__(backend, relay)
         self._offered = OFFERED | extra
         self._protocol = 0
         self._queues: int | None = None
-        self._channel: BackendEnd | None = None
         self._metronome = Metronome()
 
     @property
@@ -109,11 +107,12 @@ class LegacyService(LifeCycle):
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+        self.close_relay()
 
     # Negotiation -----------------------------------------------------------------------------------------------------------
 
     def _get_features(self, message: Frame, request: Empty) -> U64:
-        device = self._backend.call(ops.GET_FEATURES, EMPTY).value
+        device = self._device.call(ops.GET_FEATURES, EMPTY).value  # with a relay as without: the client has accepted some of them
         return U64(device & ~_NOT_OFFERED | VHOST_USER_F_PROTOCOL_FEATURES)
 
     def _set_features(self, message: Frame, request: U64) -> None:
@@ -161,9 +160,10 @@ class LegacyService(LifeCycle):
         if request.value > 0xFF:
             raise ValueError(f"status {request.value:#x} is not a byte")
         if not request.value:
-            with suppress(OSError):  # hardware does not tell where packed rings stand: a driver that starts anew need not know
-                self._note_bases()  # QEMU 7.2 resets first and asks for the bases afterwards
-            self._reset()
+            try:
+                self._stop_all()  # QEMU 7.2 resets first and asks for the bases afterwards
+            except OSError:  # hardware does not tell where packed rings stand: a driver that starts anew need not know
+                self._reset()
         self._status = request.value
         if request.value & Status.DRIVER_OK:
             self._sync()
@@ -192,7 +192,7 @@ class LegacyService(LifeCycle):
         old, self._channel = self._channel, BackendEnd(message.take_fds()[0])
         if old is not None:
             old.close()
-        self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.event))
+        self._watch_config()
 
     # Memory ----------------------------------------------------------------------------------------------------------------
 
@@ -211,8 +211,9 @@ class LegacyService(LifeCycle):
         moved = any(old.holds(address) for old in gone for addr in rings for address in (addr.desc, addr.avail, addr.used))
         try:
             with self._at_rest() if replaced or moved else nullcontext():
-                if self._mapped:
-                    self._all(self._batch([*(old.gone for old in gone), *(new.there for new in fresh)]))
+                calls = self._batch([*(old.gone for old in gone), *(new.there for new in fresh)])
+                if self._mapped and not self._remap(calls):
+                    self._sync()
         except OSError as error:  # the table before is gone, and there is nothing to go back to
             raise ValueError(reason(error)) from None
         finally:
@@ -225,10 +226,11 @@ class LegacyService(LifeCycle):
         if len(self._memory.regions) >= MAX_SLOTS:
             raise ValueError(f"more than {MAX_SLOTS} memory regions")
         region = self._memory.checked(request.region, message.fds[0], self._gpa_addresses)
-        if self._mapped:
-            self._backend.call(*region.there)
+        kept = not self._mapped or self._remap([region.there])
         message.take_fds()
         self._memory.regions.append(region)
+        if not kept:
+            self._sync()
 
     def _rem_mem_reg(self, message: Frame, request: m.MemReg) -> None:
         want = request.region
@@ -306,8 +308,7 @@ class LegacyService(LifeCycle):
         ring = self._ring(request.index)
         changed, ring.enabled, ring.told = ring.enabled != bool(request.num), bool(request.num), True
         if ring.set_up and changed and ring.enabled and not self._enables_late:
-            self._note_bases()
-            self._reset()  # and up again, below
+            self._stop_all()  # and up again, below
         elif ring.set_up and changed:
             self._backend.call(ops.SET_VRING_ENABLE, request)
             if ring.enabled:
@@ -322,16 +323,17 @@ class LegacyService(LifeCycle):
     def _get_vring_base(self, message: Frame, request: VringState) -> VringState:
         """Stop one ring and say where it stands; the others go on."""
         ring = self._ring(request.index)
-        if ring.set_up:
+        if ring.set_up and not any(other.set_up for other in self._rings.values() if other is not ring):
+            self._stop_all()
+        elif ring.set_up:
             with_suspend = bool(self._backend_features & BackendFeature.SUSPEND)
             if with_suspend:
                 self._backend.call(ops.SUSPEND, EMPTY)
             self._backend.call(ops.SET_VRING_ENABLE, VringState(request.index, 0))
-            ring.base = self._base(request.index, ring)
+            told = self._told_base(request.index)
+            ring.base = self._read_base(ring) if told is None else told
             ring.set_up = False
-            if not any(other.set_up for other in self._rings.values()):
-                self._reset()
-            elif with_suspend:
+            if with_suspend:
                 self._backend.call(ops.RESUME, EMPTY)
         self._stop(ring)
         return VringState(request.index, ring.base)

@@ -42,7 +42,7 @@ class Server:
     """Serves the device that *open_device* opens, to whoever connects to *path* (or to the listening socket *sock*).
 
     Each connection opens the device anew and closes it at its end. *timeout* in seconds: how long a client may stop
-    in the middle of a message, or leave replies unread.
+    in the middle of a message, or leave replies unread. *relay*: see ``Session``.
     """
 
     def __init__(
@@ -53,10 +53,12 @@ class Server:
         sock: socket.socket | None = None,
         vdpa: str = "prefer",
         timeout: float = 5.0,
+        relay: bool = True,
     ) -> None:
         self.path = path
         self._open_device = open_device
         self._vdpa = vdpa
+        self._relay = relay
         self._timeout = timeout
         self._own_path = sock is None
         self._listener = sock if sock is not None else _listen(path)
@@ -121,7 +123,7 @@ class Server:
         limit = struct.pack("@ll", int(self._timeout), int(self._timeout % 1 * 1e6))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
-            session = Session(self._open_device(), self._vdpa)
+            session = Session(self._open_device(), self._vdpa, self._relay)
         except (OSError, ProtocolError, ValueError) as error:
             _log.error("%s: cannot open the device for a client: %s", self.path, reason(error))
             return

@@ -26,18 +26,27 @@ _log = logging.getLogger(__name__)
 
 
 class Session:
-    """One client of one device. Takes over the back-end. *vdpa* is ``require``, ``prefer`` or ``off``."""
+    """One client of one device. Takes over the back-end. *vdpa* is ``require``, ``prefer`` or ``off``.
 
-    def __init__(self, backend: Backend, vdpa: str = "prefer") -> None:
+    *relay*: legacy clients get a relay where the device cannot have their memory or rings. Those in vDPA mode are told the
+    device's limits, and keep to them.
+    """
+
+    def __init__(self, backend: Backend, vdpa: str = "prefer", relay: bool = True) -> None:
         self._backend = backend
         self._vdpa = vdpa
-        self._legacy: LegacyService | None = LegacyService(backend, 0 if vdpa == "off" else ProtocolFeature.VDPA)
+        self._legacy: LegacyService | None = LegacyService(backend, 0 if vdpa == "off" else ProtocolFeature.VDPA, relay)
         self._handle: Callable[[Frame], bytes] = self._undecided
 
     @property
     def mode(self) -> str:
         """``vDPA``, ``legacy`` or ``undecided``."""
         return "vDPA" if self._legacy is None else "undecided" if self._handle == self._undecided else "legacy"
+
+    @property
+    def relayed(self) -> str:
+        """Why there is a relay between the client and the device, empty if there is none."""
+        return self._legacy.relayed if self._legacy is not None else ""
 
     @property
     def event(self) -> int:
