@@ -25,12 +25,22 @@ class LimitedBackend(ModelBackend):
     def __init__(self, device: ModelDevice) -> None:
         super().__init__(device, device._ended)
         self._table = IotlbTable(1, 0, LAST)
+        self._misplaced = False
 
     def _set_vring_base(self, request: VringState) -> None:
         self._ring(request.index)
         if request.num != (PACKED_BEGIN if self._packed else 0):
+            self._misplaced = True
             raise refuse(errno.EOPNOTSUPP)
         super()._set_vring_base(request)
+
+    def _on_status(self, new: int, starts: bool) -> None:
+        assert not (starts and self._misplaced), "started at 0 although a ring stands elsewhere: what was done is done again"
+        super()._on_status(new, starts)
+
+    def _on_reset(self, keep_mappings: bool) -> None:
+        self._misplaced = False
+        super()._on_reset(keep_mappings)
 
     def _set_vring_enable(self, request: VringState) -> None:
         super()._set_vring_enable(request)

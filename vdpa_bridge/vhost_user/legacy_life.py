@@ -159,7 +159,8 @@ class LifeCycle:
         for index, ring in ready.items():
             calls += self._ring_calls(index, ring)
         try:
-            self._all([*calls, (ops.SET_STATUS, U8(_RUNNING))])
+            self._all(calls)
+            self._all([(ops.SET_STATUS, U8(_RUNNING))])  # not sent along: a device that refused a ring's base must not start it at 0
         except OSError:
             self._reset()
             raise
