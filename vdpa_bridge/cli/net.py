@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
@@ -32,6 +34,7 @@ vdpa-bridge net /dev/vhost-vdpa-1 info
 vdpa-bridge net model:net loop --count 1000
 vdpa-bridge net 'vhost-user:/run/net.sock?type=net' send ffffffffffff02000000000188b5cafe
 vdpa-bridge net /dev/vhost-vdpa-1 recv --count 10 --timeout 30 --json
+vdpa-bridge net /dev/vhost-vdpa-1 tap tap0 --up
 """,
 )
 @click.argument("target")
@@ -103,6 +106,40 @@ def recv(ctx: click.Context, count: int, timeout: float, output: Output, trace: 
             came += 1
             output.event(frame.hex(), frame=frame.hex(), length=len(frame))
     return 0
+
+
+@command.command()
+@click.argument("name")
+@click.option("--up", is_flag=True, help="Bring the interface up.")
+@common_options
+@click.pass_context
+def tap(ctx: click.Context, name: str, up: bool, output: Output, trace: Trace) -> int:
+    """Make the device an interface of this system: a tap called NAME, with the device's address and MTU, until SIGTERM or SIGINT.
+
+    It is made if it is not there (CAP_NET_ADMIN), and goes at the end unless it was made to persist. A line on stdout says that
+    frames pass; a service manager is told as well (NOTIFY_SOCKET).
+    """
+    from ..drivers.tap import TapDriver
+    from ..service.manager import Notifier
+    from ..service.service import STOP, Signals
+    from ..tap import Tap
+
+    notifier = Notifier()
+    with Signals() as signals, Tap(name) as interface, opened(target_of(ctx), trace) as device, TapDriver(device, interface) as nic:
+        if up:
+            interface.set_up()
+        facts = {"interface": name, "target": nic.name, "mac": nic.mac, "mtu": nic.mtu}
+        output.event(f"{name} is {nic.name} (mac {nic.mac or 'of its own'}, mtu {nic.mtu})", event="ready", **facts)
+        notifier.send("READY=1")
+        nic.forward(signals.fileno())
+        while (got := signals.wait()) and got not in STOP:
+            nic.forward(signals.fileno())
+        counts = {way: asdict(tally) for way, tally in (("sent", nic.sent), ("received", nic.came))}
+        text = ", ".join(f"{way} {n['frames']} frames of {n['bytes']} bytes and dropped {n['dropped']}" for way, n in counts.items())
+        why = f"stopped by {signal.Signals(got).name}" if got else "stopped because a thread died"
+        output.event(f"{why}: {text}", event="stopped", **counts)
+        notifier.close()
+    return 0 if got else 1
 
 
 @command.command()

@@ -30,7 +30,7 @@ RING_FEATURES = Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
 TIMEOUT = 5.0
 _APART_POOL = 16 << 10
 """Bytes for data of queues in an address space of their own: commands and answers."""
-_LOOK = 0.5
+LOOK = 0.5
 """Seconds of waiting after which the status byte is looked at, for devices that cannot signal a change."""
 
 Segments = list[tuple[int, int]]
@@ -224,7 +224,7 @@ class Driver:
             space.renew()
         self._pool = self._spaces[0].pool
         for fd in self._events:
-            _drain(fd)
+            drain(fd)
         self._mapped = True
         try:
             updates = [space.update() for space in self._spaces]
@@ -416,9 +416,9 @@ class Driver:
                 raise TimeoutError(errno.ETIMEDOUT, f"{self.name}: no end of {what} within {timeout:g} s; device status {status_text(self._status())}")
             if self._arm():
                 continue
-            ready = [fd for fd, _ in self._poller.poll(min(left, _LOOK) * 1000)]
+            ready = [fd for fd, _ in self._poller.poll(min(left, LOOK) * 1000)]
             for fd in ready:
-                _drain(fd)
+                drain(fd)
             if not ready or self._config_call in ready:
                 self._status()
             for ring in self._rings.values():
@@ -457,6 +457,7 @@ def _segments(buffers: Sequence[Buffer]) -> Segments:
     return [(buffer.iova, buffer.size) for buffer in buffers]
 
 
-def _drain(fd: int) -> None:
+def drain(fd: int) -> None:
+    """Take what an eventfd holds, if anything."""
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)

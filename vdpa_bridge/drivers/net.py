@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Iterable
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from ..device import Device
 from ..errors import DeviceBroken, FeatureError
@@ -44,12 +44,12 @@ def _most_pairs(device: Device) -> int:
     return limits.queues // 2 if limits.features & F.MQ else 1
 
 
-class _Rx(Pending):
+class RxBuffer(Pending):
     """A receive buffer."""
 
     __slots__ = ("buffer", "pair")
 
-    def __init__(self, pair: _Pair, buffer: Buffer) -> None:
+    def __init__(self, pair: Pair, buffer: Buffer) -> None:
         super().__init__()
         self.pair, self.buffer = pair, buffer
 
@@ -58,12 +58,12 @@ class _Rx(Pending):
         self.pair.came(self)
 
 
-class _Tx(Pending):
+class TxBuffer(Pending):
     """A transmit buffer, which is used again and again."""
 
     __slots__ = ("buffer", "pair")
 
-    def __init__(self, pair: _Pair, buffer: Buffer) -> None:
+    def __init__(self, pair: Pair, buffer: Buffer) -> None:
         super().__init__()
         self.pair, self.buffer = pair, buffer
 
@@ -71,15 +71,15 @@ class _Tx(Pending):
         self.pair.idle.append(self)
 
 
-class _Pair:
+class Pair:
     """The buffers and frames of one queue pair."""
 
     def __init__(self, driver: NetDriver, number: int) -> None:
         self._driver = driver
         self.rx, self.tx = 2 * number, 2 * number + 1
         self.received: deque[bytes] = deque()
-        self.idle: list[_Tx] = []
-        self.empty: list[_Rx] = []
+        self.idle: list[TxBuffer] = []
+        self.empty: list[RxBuffer] = []
         self._parts: list[bytes] = []
         self._missing = 0
 
@@ -87,10 +87,10 @@ class _Pair:
         """Start anew: *depth* receive buffers, half as many transmit buffers, so that what loops back finds room."""
         self.received.clear()
         self._parts, self._missing = [], 0
-        self.empty = [_Rx(self, pool.take(size)) for _ in range(depth)]
-        self.idle = [_Tx(self, pool.take(size)) for _ in range(depth // 2)]
+        self.empty = [RxBuffer(self, pool.take(size)) for _ in range(depth)]
+        self.idle = [TxBuffer(self, pool.take(size)) for _ in range(depth // 2)]
 
-    def came(self, rx: _Rx) -> None:
+    def came(self, rx: RxBuffer) -> None:
         """A buffer came back: a frame, or with MRG_RXBUF a part of one (virtio 1.2, 5.1.6.4)."""
         self.empty.append(rx)
         driver, start = self._driver, 0
@@ -117,6 +117,8 @@ class NetDriver(Driver):
 
     device_id = DeviceId.NET
     table_entries = 4
+    pair_type: ClassVar[type[Pair]] = Pair
+    """What becomes of frames that come in."""
 
     def __init__(
         self, device: Device, *, wanted: int = WANTED, pairs: int = 1, isolate_cvq: bool = False, **options: Unpack[Options]
@@ -145,7 +147,7 @@ class NetDriver(Driver):
             options["isolated"] = (self._control,)
         self.dropped = 0
         """Frames that came in while too many were waiting already."""
-        self._pairs = [_Pair(self, number) for number in range(pairs)]
+        self._pairs = [self.pair_type(self, number) for number in range(pairs)]
         super().__init__(device, wanted=wanted & ~F.MQ, queues=queues, **options)
 
     def _ready(self) -> None:
@@ -215,7 +217,7 @@ class NetDriver(Driver):
             self._post(over.tx, chains)
         self.wait(lambda: len(over.idle) >= slots, "transmission", timeout)
 
-    def _pair(self, number: int) -> _Pair:
+    def _pair(self, number: int) -> Pair:
         if not 0 <= number < len(self._pairs):
             raise ValueError(f"{self.name}: there is no queue pair {number}, the driver has {len(self._pairs)}")
         return self._pairs[number]

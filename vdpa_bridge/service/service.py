@@ -85,6 +85,10 @@ class Signals:
         with contextlib.suppress(OSError):
             os.write(self._write, bytes([_DIED]))
 
+    def fileno(self) -> int:
+        """Readable when one came: for those who wait for other things as well."""
+        return self._read
+
     def wait(self) -> int:
         """The next one's number, 0 for the death of a thread."""
         return os.read(self._read, 1)[0]
