@@ -16,6 +16,7 @@ from vdpa_bridge.drivers import BlkDriver, BlkRequest, NetDriver
 from vdpa_bridge.virtio.config import parse_mac
 
 from ..support.bridge import node
+from ..support.seen import Seen
 
 pytestmark = pytest.mark.lab
 
@@ -41,7 +42,7 @@ def work(disk: BlkDriver) -> list[tuple[int, bytes]]:
     return outcomes
 
 
-def test_disk_by_doorbell() -> None:
+def test_disk_by_doorbell(seen: Seen) -> None:
     """The eventfd stays untouched, and everything ends as it does by eventfd; also after a restart."""
     outcomes, counts = {}, {}
     for doorbells in (True, False):
@@ -54,9 +55,10 @@ def test_disk_by_doorbell() -> None:
     assert outcomes[True] == outcomes[False]
     assert counts[True] == 0
     assert counts[False] > 0
+    seen("devices", "blk", "blk", "vp_vdpa", "split", "restart", "doorbell")
 
 
-def test_network_by_doorbell() -> None:
+def test_network_by_doorbell(seen: Seen) -> None:
     """Three queues, each with a page of its own."""
     with connect(node("VP_NET")) as device, NetDriver(device) as nic:
         me = parse_mac(nic.mac)
@@ -66,6 +68,7 @@ def test_network_by_doorbell() -> None:
         assert (answer[:6], answer[12:14], answer[28:32]) == (me, b"\x08\x06", bytes([10, 0, 2, 2]))
         nic.set_mac(nic.mac)
         assert [kicks(nic.ring(index).kick) for index in range(3)] == [0, 0, 0]
+    seen("devices", "net", "net", "vp_vdpa", "split", "control queue", "doorbell")
 
 
 def test_device_without_doorbells() -> None:

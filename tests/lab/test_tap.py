@@ -26,6 +26,7 @@ from vdpa_bridge.tap import Tap
 from vdpa_bridge.virtio.features import NetFeature
 
 from ..support.bridge import bridging, node
+from ..support.seen import Seen
 from ..support.tapped import Wire, attribute, bounce, exists, ip, tap_name, tapped
 
 pytestmark = pytest.mark.lab
@@ -38,7 +39,7 @@ KIND = b"\x88\xb5"
 # Whole ways ------------------------------------------------------------------------------------------------------------------
 
 
-def test_ping_crosses_a_pci_function() -> None:
+def test_ping_crosses_a_pci_function(seen: Seen) -> None:
     """ping -> this system's stack -> tap -> our driver -> /dev/vhost-vdpa-N (vp_vdpa, IOMMU) -> the emulated NIC's network, and back: captured."""
     out = Path(os.environ.get("LAB_OUT", "/tmp"))
     with tapped(node("VP_NET"), "--up") as tap:
@@ -62,6 +63,7 @@ def test_ping_crosses_a_pci_function() -> None:
         said = tap.end()
     assert "stopped by SIGTERM: sent" in said
     assert tap.process.returncode == 0
+    seen("devices", "net", "net", "vp_vdpa", "split", "tap")
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def target(home: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("home", ["sim", "vdpa"])
-def test_frames_cross(home: str) -> None:
+def test_frames_cross(home: str, seen: Seen) -> None:
     """Of all sizes, in bursts, every byte of them; the interface has the device's address and MTU, and goes with the process."""
     rng = random.Random(9)
     with target(home) as place, tapped(place, "--up") as tap:
@@ -90,6 +92,7 @@ def test_frames_cross(home: str) -> None:
         assert "dropped 0, received" in tap.end(signal.SIGINT)
         assert tap.process.returncode == 0
         assert not exists(tap.name)
+    seen("devices", "net", "net", *(["vdpa_sim", "split"] if home == "sim" else ["vdpa-bridge", "split", "vDPA mode"]), "tap")
 
 
 # Ends ------------------------------------------------------------------------------------------------------------------------
