@@ -8,6 +8,7 @@
       RemoteProtocolError     the peer did
         PeerClosed              it went away (also a ConnectionError)
         PeerTimeout             it did not answer in time (also a TimeoutError)
+        NotOffered              it lacks a protocol feature that is required
     FeatureError            device and driver found no common ground (a RuntimeError)
     DeviceBroken            the device, or the memory it shares with us, cannot be trusted any more (also an OSError, EIO)
 """
@@ -40,6 +41,10 @@ class PeerClosed(RemoteProtocolError, ConnectionError):
 
 class PeerTimeout(RemoteProtocolError, TimeoutError):
     """The peer did not answer within the connection's timeout."""
+
+
+class NotOffered(RemoteProtocolError):
+    """The peer does not offer a protocol feature that was asked for."""
 
 
 class FeatureError(RuntimeError):

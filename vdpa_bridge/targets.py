@@ -12,10 +12,12 @@ Rule of this file: the only place where a string decides which home a device has
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from .backends.base import Backend
@@ -23,8 +25,13 @@ from .backends.model import ModelDevice
 from .backends.vhost_user import open_vhost_user
 from .backends.vhost_vdpa import VhostVdpa
 from .device import Device
+from .errors import ProtocolError
 from .models import make_model
+from .system.vdpa_bus import bus_device, bus_devices, has_bus
 from .virtio.ids import parse_device_id
+
+if TYPE_CHECKING:
+    from .explain import Examination, Wishes
 
 GRAMMAR = (
     "a target is /dev/vhost-vdpa-N, vdpa:NAME, vhost-user:PATH[?type=blk&vdpa=require|prefer|off], "
@@ -62,20 +69,50 @@ class Target:
         return cls(text, scheme, place, options)
 
     def open(self) -> Backend:
-        """One session with the device. OSError and ProtocolError as the home has them, ValueError for wrong options."""
+        """One session with the device. OSError and ProtocolError as the home has them, with advice; ValueError for wrong options."""
+        try:
+            return self._open()
+        except (OSError, ProtocolError) as error:
+            self.advise(error)
+            raise
+
+    def _open(self) -> Backend:
         if self.scheme == "model":
             if self._model is None:
                 self._model = ModelDevice(make_model(self.place, self.options), self.text)
             return self._model.open()
         if self.scheme == "vhost-user":
             return self._open_socket(self.place)
-        path = f"/dev/{_node_of(self.place)}" if self.scheme == "vdpa" else self.place
+        path = _node_of(self.place) if self.scheme == "vdpa" else self.place
         mode = os.stat(path).st_mode if os.path.exists(path) else 0
         if stat.S_ISSOCK(mode):
             return self._open_socket(path)
         if mode and not stat.S_ISCHR(mode):
             raise ValueError(f"{path} is neither a character device nor a socket; {GRAMMAR}")
         return VhostVdpa(path)
+
+    def advise(self, error: BaseException) -> None:
+        """Note in *error* how to find out more; not for a model, whose errors say all."""
+        advice = f"vdpa-bridge explain {shlex.quote(self.text)} says more"
+        if self.scheme != "model" and advice not in getattr(error, "__notes__", ()):
+            error.add_note(advice)
+
+    def examination(self, wishes: Wishes, wrap: Callable[[Backend], Backend] = lambda backend: backend) -> Examination:
+        """What finds out why the device does not work; *wrap* gets the session that it opens."""
+        from . import explain
+        from .explain.node import NodeExamination
+        from .explain.socket_path import SocketExamination
+
+        def opener() -> Backend:
+            return wrap(self.open())
+
+        if self.scheme == "model":
+            return explain.Examination(opener, wishes)
+        if self.scheme == "vdpa":
+            return NodeExamination(opener, wishes, name=self.place)
+        if self.scheme == "path" and self.place.startswith("/dev/") and not Path(self.place).is_socket():
+            return NodeExamination(opener, wishes, path=self.place)
+        return SocketExamination(opener, wishes, self.place, self.options)
 
     def _open_socket(self, path: str) -> Backend:
         kind = self.options.get("type")
@@ -106,19 +143,16 @@ def _number(text: str, key: str, value: str) -> float:
 
 
 def _node_of(name: str) -> str:
-    """``vhost-vdpa-3`` for a device on the vdpa bus."""
-    bus = Path("/sys/bus/vdpa/devices")
-    if not bus.is_dir():
+    """``/dev/vhost-vdpa-3`` for a device on the vdpa bus."""
+    if not has_bus():
         raise FileNotFoundError(f"vdpa:{name}: this kernel has no vdpa bus (modprobe vdpa vhost-vdpa)")
-    device = bus / name
-    if not re.fullmatch(r"[\w.:-]+", name) or not device.is_dir():
-        present = ", ".join(sorted(p.name for p in bus.iterdir())) or "none"
+    device = bus_device(name)
+    if device is None:
+        present = ", ".join(device.name for device in bus_devices()) or "none"
         raise FileNotFoundError(f"vdpa:{name}: no such device; there is: {present}")
-    for entry in device.iterdir():
-        if entry.name.startswith("vhost-vdpa-"):
-            return entry.name
-    driver = (device / "driver").resolve().name
-    raise FileNotFoundError(f"vdpa:{name} has no node: it is bound to {driver}, not to vhost_vdpa")
+    if not device.node:
+        raise FileNotFoundError(f"vdpa:{name} has no node: it is bound to {device.driver or 'no driver'}, not to vhost_vdpa")
+    return device.node
 
 
 def connect(text: str) -> Device:

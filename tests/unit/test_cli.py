@@ -60,13 +60,15 @@ def test_help_lists_all_commands_and_the_targets() -> None:
 
 def _all_commands() -> list[tuple[str, ...]]:
     verbs = {"blk": ("info", "read", "write", "flush", "id", "discard", "zero"), "net": ("info", "send", "recv", "loop")}
-    return [(name,) for name in COMMANDS] + [(name, "TARGET", verb) for name, found in verbs.items() for verb in found]
+    managing = ("mgmtdev show", "dev show", "dev add", "dev del", "dev set", "dev config show", "dev vstats show", "bind")
+    commands = [(name,) for name in COMMANDS] + [(name, "TARGET", verb) for name, found in verbs.items() for verb in found]
+    return commands + [("mgmt", *words.split()) for words in managing]
 
 
 @pytest.mark.parametrize("command", _all_commands(), ids=" ".join)
 def test_every_command_has_help_json_and_trace(command: tuple[str, ...]) -> None:
     text = good(*command, "--help")
-    if command[0] in ("blk", "net") and len(command) == 1:
+    if command[0] in ("blk", "net", "mgmt") and len(command) == 1:
         assert "Commands:" in text
     else:
         assert "--json" in text
@@ -79,7 +81,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, atexit; atexit.register(lambda: print(*sys.modules)); from vdpa_bridge.cli import main; main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     modules = set(done.stdout.splitlines()[-1].split())
-    assert not {"rich", "vdpa_bridge.compare", "vdpa_bridge.drivers", "vdpa_bridge.vhost_user.server"} & modules
+    assert not {"rich", "pyroute2", "vdpa_bridge.compare", "vdpa_bridge.drivers", "vdpa_bridge.vhost_user.server"} & modules
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,9 @@ def test_help_imports_nothing_heavy() -> None:
         (("net", "model:net", "send", "xyz"), "hex"),
         (("net", "model:net", "send"), "--file"),
         (("serve", "model:blk"), "--socket-path"),
+        (("mgmt", "dev", "add", "name", "x"), "mgmtdev is missing"),
+        (("mgmt", "dev", "add", "name", "x", "mgmtdev"), "every word needs its value"),
+        (("mgmt", "dev", "vstats", "show", "x", "qidx", "one"), "queue's number"),
         (("serve", "model:blk", "--socket-path", "s", "--socket-mode", "999"), "octal"),
     ],
 )

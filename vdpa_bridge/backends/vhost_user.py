@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import ops
-from ..errors import LocalProtocolError, RemoteProtocolError, device_error
+from ..errors import LocalProtocolError, NotOffered, RemoteProtocolError, device_error
 from ..flags import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature
 from ..ops import Call, Op, Rep, Req
 from ..vhost_user import messages
@@ -47,7 +47,7 @@ def open_vhost_user(
         if vdpa != "off" and offered & ProtocolFeature.VDPA:
             return VhostUserVdpa(connection)
         if vdpa == "require":
-            raise RemoteProtocolError(f"{name}: the peer does not offer VHOST_USER_PROTOCOL_F_VDPA (protocol features {offered:#x})")
+            raise NotOffered(f"{name}: the peer does not offer VHOST_USER_PROTOCOL_F_VDPA (protocol features {offered:#x})")
         return VhostUserLegacy(connection, features, offered, device_id, queue_size)
     except ValueError as error:
         connection.close()

@@ -36,7 +36,7 @@ ENOTSUPP = 524
 
 _NOT_MAPPED = "the kernel refuses the mapping: no owner (SET_OWNER), a descriptor that cannot be shared, or memory that cannot be pinned"
 _OPEN_HINTS = {
-    errno.ENOENT: "no such device; `vdpa dev show` lists devices, /sys/bus/vdpa/devices/NAME/ names their nodes",
+    errno.ENOENT: "no such device; `vdpa-bridge list` shows those there are",
     errno.EBUSY: "another process has it open",
     errno.EACCES: "open needs read and write permission on the node",
     errno.EIO: "the device does not answer; for VDUSE: its daemon is stuck or gone",

@@ -7,6 +7,7 @@ where it is used; an error that a user can meet is one line on stderr, ``error: 
     0    done
     1    the device or its peer said no, or a comparison found a difference
     2    wrong usage
+    10.. what `explain` found (explain/causes.py)
     130  interrupted
 """
 
@@ -23,7 +24,7 @@ import click
 
 from ..errors import FeatureError, ProtocolError, reason
 
-COMMANDS = ("ops", "show", "call", "blk", "net", "serve", "compare")
+COMMANDS = ("list", "show", "explain", "mgmt", "ops", "call", "blk", "net", "serve", "compare")
 """The modules of this package that hold a ``command``, in the order of --help."""
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -31,6 +32,11 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """What to print for an error that is no defect of ours, and the exit status; ("", 1) for one that is."""
+    text, status = _described(error)
+    return "; ".join([text, *getattr(error, "__notes__", ())]) if text else "", status
+
+
+def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "vdpa-bridge"
         return f"{error.format_message().rstrip('.')}; see {path} --help", USAGE
@@ -52,7 +58,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, without an import."""
-        return list(COMMANDS)
+        return [*COMMANDS]  # the module of the command `list` hides the builtin here
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one."""
@@ -104,7 +110,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     epilog="""\b
 A TARGET names a device, wherever it lives:
   /dev/vhost-vdpa-0                  a kernel device by its node
-  vdpa:NAME                          a kernel device by its name (vdpa dev show)
+  vdpa:NAME                          a kernel device by its name (vdpa-bridge list)
   vhost-user:PATH[?type=blk]         whoever serves that socket; vDPA mode if it offers it
   vhost-user:PATH?vdpa=off&type=blk  the same by stock vhost-user messages
   model:blk?size=256M, model:net     a device in this process

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from .common import SIZE, Output, TargetGroup, Trace, common_options, human_size, opened, target_of
+from .common import SIZE, Group, Output, Trace, common_options, human_size, opened, target_argument, target_of
 
 if TYPE_CHECKING:
     from ..drivers import BlkDriver
@@ -30,7 +30,7 @@ _LONG = 16 << 20
 @click.group(
     name="blk",
     short_help="Read and write a block device.",
-    cls=TargetGroup,
+    cls=Group,
     examples="""
 vdpa-bridge blk /dev/vhost-vdpa-0 info
 vdpa-bridge blk 'vhost-user:/run/disk.sock?type=blk' read --length 64M --output image
@@ -39,7 +39,7 @@ echo hello | vdpa-bridge blk 'model:blk?file=disk.img' write
 vdpa-bridge blk /dev/vhost-vdpa-0 zero --length 1G --unmap
 """,
 )
-@click.argument("target")
+@target_argument
 def command(target: str) -> None:
     """Read and write the block device TARGET.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import SIZE, Command, Output, Trace, common_options, opened
+from .common import SIZE, Command, Output, Trace, common_options, opened, target_argument
 
 if TYPE_CHECKING:
     from ..ops import Call, Op
@@ -33,7 +33,7 @@ vdpa-bridge call model:blk SET_OWNER IOTLB_UPDATE iova=1M memory=64K perm=ro
 vdpa-bridge ops                     the operations and their fields
 """,
 )
-@click.argument("target")
+@target_argument
 @click.argument("words", nargs=-1, required=True, metavar="OP [KEY=VALUE]... [OP ...]")
 @click.option("--keep-going", is_flag=True, help="Go on after an operation that failed.")
 @common_options

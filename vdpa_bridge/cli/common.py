@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
+from ..errors import FeatureError, ProtocolError
+
 if TYPE_CHECKING:
     from ..backends.base import Backend
     from ..device import Device
@@ -46,8 +48,8 @@ class Command(click.Command):
         _write_examples(self._examples, formatter)
 
 
-class TargetGroup(click.Group):
-    """``COMMAND TARGET VERB ...``"""
+class Group(click.Group):
+    """``COMMAND [TARGET] VERB ...``"""
 
     command_class = Command
 
@@ -65,6 +67,18 @@ def _write_examples(examples: str, formatter: click.HelpFormatter) -> None:
         formatter.write("\nExamples:\n")
         for line in examples.strip().splitlines():
             formatter.write(f"  {line}\n")
+
+
+def _complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: what could be meant by the beginning of a target."""
+    from ..models import KINDS
+    from ..system.inventory import target_names
+
+    return [name for name in (*target_names(), *(f"model:{kind}" for kind in KINDS)) if name.startswith(incomplete)]
+
+
+target_argument = click.argument("target", shell_complete=_complete_target)
+"""The argument TARGET, which shells can complete."""
 
 
 def target_of(ctx: click.Context) -> str:
@@ -136,6 +150,11 @@ class Trace:
     def _write(self, line: str) -> None:
         print(line, file=self._file if self._file is not None else sys.stderr)
 
+    def line(self, text: str) -> None:
+        """A line that is not an operation's, if traces are wanted."""
+        if self._file is not None or self._stderr:
+            self._write(text)
+
     def close(self) -> None:
         """Close the file, if there is one."""
         if self._file is not None:
@@ -173,6 +192,9 @@ def opened(text: str, trace: Trace) -> Iterator[Device]:
     try:
         with Device(trace.wrap(target.open())) as device:
             yield device
+    except (ProtocolError, FeatureError) as error:
+        target.advise(error)
+        raise
     finally:
         target.close()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from .common import Output, TargetGroup, Trace, common_options, opened, target_of
+from .common import Group, Output, Trace, common_options, opened, target_argument, target_of
 
 if TYPE_CHECKING:
     from ..drivers import NetDriver
@@ -28,7 +28,7 @@ _SHORTEST = 60
 @click.group(
     name="net",
     short_help="Send and receive Ethernet frames.",
-    cls=TargetGroup,
+    cls=Group,
     examples="""
 vdpa-bridge net /dev/vhost-vdpa-1 info
 vdpa-bridge net model:net loop --count 1000
@@ -37,7 +37,7 @@ vdpa-bridge net /dev/vhost-vdpa-1 recv --count 10 --timeout 30 --json
 vdpa-bridge net /dev/vhost-vdpa-1 tap tap0 --up
 """,
 )
-@click.argument("target")
+@target_argument
 def command(target: str) -> None:
     """Send and receive Ethernet frames on the network device TARGET."""
 

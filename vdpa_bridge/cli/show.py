@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .common import Command, Output, Trace, common_options, human_size, opened
+from .common import Command, Output, Trace, common_options, human_size, opened, target_argument
 
 _LABEL = 14
 _WIDTH = 100
@@ -23,7 +23,7 @@ vdpa-bridge show model:net
 vdpa-bridge show 'vhost-user:/run/disk.sock?type=blk' --json | jq .features.names
 """,
 )
-@click.argument("target")
+@target_argument
 @common_options
 def command(target: str, output: Output, trace: Trace) -> None:
     """Show identity, features, queues, configuration space and operations of TARGET.
