@@ -103,7 +103,7 @@ cdef extern from "virtqueue.h" nogil:
         void *area
         uint64_t iova
         uint32_t num, table_entries, base
-        bint event_idx, packed
+        bint event_idx, packed, overstated
     struct vq_driver:
         vq_driver_config config
         uint32_t free, in_flight

@@ -171,12 +171,13 @@ class DriverQueue(Generic[_T]):
         base: int | None = None,
         owner: object = None,
         packed: bool = False,
+        overstated: bool = False,
     ) -> Self:
         """Put a ring of `num` (at most 32768; a power of 2 unless `packed`) at `address`, which the device sees at `iova`.
 
         `table_entries` > 0 uses indirect descriptors for chains of 2 to that many buffers (needs VIRTIO_F_INDIRECT_DESC), `event_idx` needs
         VIRTIO_F_EVENT_IDX, `packed` VIRTIO_F_RING_PACKED. `base` is as for `DeviceQueue`; both halves of a packed one are the same,
-        for nothing is in flight yet.
+        for nothing is in flight yet. `overstated` forgives a device that counts more bytes written than there is room for.
         ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
         """
     def __class_getitem__(cls, item: object, /) -> GenericAlias: ...

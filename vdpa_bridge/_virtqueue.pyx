@@ -299,6 +299,7 @@ cdef class DriverQueue:
     def __cinit__(
         self, uintptr_t address, uint64_t size, uint64_t iova, object num,
         *, object table_entries=0, bint event_idx=False, object base=None, object owner=None, bint packed=False,
+        bint overstated=False,
     ):
         cdef vq_driver_config config
         cdef uint32_t entries = checked_num(num, packed)
@@ -308,7 +309,7 @@ cdef class DriverQueue:
             raise ValueError(f"ring area has {size} bytes, needs {self.layout.size}")
         config.area, config.iova, config.num = <void *> address, iova, entries
         config.base = checked_base(entries, base, packed)
-        config.table_entries, config.event_idx, config.packed = table_entries, event_idx, packed
+        config.table_entries, config.event_idx, config.packed, config.overstated = table_entries, event_idx, packed, overstated
         self.owner, self.held = owner, [None] * entries
         self.most = max(entries, <uint32_t> table_entries)
         self.buffers = <vq_buffer *> malloc(self.most * sizeof(vq_buffer))

@@ -84,9 +84,9 @@ static inline void driver_post(struct vq_driver *vq, uint16_t head, uint16_t nee
 	vq->in_flight++;
 }
 
-/* The slot that a used entry completes, or NULL with a fault. */
+/* The slot that a used entry completes, or NULL with a fault; *written is at most what could be written. */
 static inline struct vq_driver_slot *driver_check_used(struct vq_driver *vq, uint32_t where, uint32_t id,
-						       uint32_t written)
+						       uint32_t *written)
 {
 	struct vq_driver_slot *slot;
 
@@ -99,9 +99,12 @@ static inline struct vq_driver_slot *driver_check_used(struct vq_driver *vq, uin
 		driver_fault(vq, VQ_USED_NOT_POSTED, where, id);
 		return NULL;
 	}
-	if (written > slot->writable) {
-		driver_fault(vq, VQ_USED_LENGTH, id, written);
-		return NULL;
+	if (*written > slot->writable) {
+		if (!vq->config.overstated) {
+			driver_fault(vq, VQ_USED_LENGTH, id, *written);
+			return NULL;
+		}
+		*written = (uint32_t)slot->writable;
 	}
 	return slot;
 }

@@ -180,6 +180,7 @@ struct vq_driver_config {
 	uint32_t base; /* packed: both cursors the same, as nothing is in flight */
 	bool event_idx;
 	bool packed;
+	bool overstated; /* the device may count more bytes written than there is room for: taken for all of them */
 };
 
 struct vq_driver {

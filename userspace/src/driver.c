@@ -175,7 +175,7 @@ size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 		_Atomic uint32_t *entry = used_slot(&vq->ring, vq->last_used);
 		uint32_t id = le32toh(atomic_load_explicit(&entry[0], memory_order_relaxed));
 		uint32_t written = le32toh(atomic_load_explicit(&entry[1], memory_order_relaxed));
-		struct vq_driver_slot *slot = driver_check_used(vq, vq->last_used, id, written);
+		struct vq_driver_slot *slot = driver_check_used(vq, vq->last_used, id, &written);
 		uint16_t last = (uint16_t)id;
 
 		if (!slot)

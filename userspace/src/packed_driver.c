@@ -122,7 +122,7 @@ static uint32_t written_by(const struct vq_driver *vq, uint16_t id, uint16_t fla
 {
 	bool impossible = id < vq->packed.num && length > vq->slots[id].writable;
 
-	return impossible && !(flags & DESC_WRITE) ? 0 : length;
+	return impossible && !(flags & DESC_WRITE) && !vq->config.overstated ? 0 : length;
 }
 
 size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
@@ -137,7 +137,7 @@ size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t lim
 		uint16_t id = ring16_load(&entry->id, memory_order_relaxed);
 		uint32_t length = le32toh(atomic_load_explicit(&entry->length, memory_order_relaxed));
 		uint32_t written = written_by(vq, id, flags, length);
-		struct vq_driver_slot *slot = driver_check_used(vq, cursor_position(vq->last_used), id, written);
+		struct vq_driver_slot *slot = driver_check_used(vq, cursor_position(vq->last_used), id, &written);
 
 		if (!slot)
 			break;

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from .common import SIZE, Group, Output, Trace, common_options, human_size, opened, target_argument, target_of
+from .common import SIZE, Group, Output, Trace, common_options, human_size, opened, place_option, target_argument, target_of
 
 if TYPE_CHECKING:
     from ..drivers import BlkDriver
@@ -104,20 +104,12 @@ def info(ctx: click.Context, output: Output, trace: Trace) -> None:
 @command.command()
 @_offset
 @_length
-@click.option(
-    "--output",
-    "-o",
-    "place",
-    type=click.File("wb", lazy=True),
-    default="-",
-    metavar="FILE",
-    help="Where to write the data.  [default: stdout]",
-)
+@place_option
 @common_options
 @click.pass_context
 def read(ctx: click.Context, offset: int, length: int | None, place: BinaryIO, output: Output, trace: Trace) -> None:
     """Copy data from the disk to a file or to stdout (as hex within --json without --output)."""
-    inline = output.json and getattr(place, "name", "-") in ("-", "<stdout>")
+    inline = output.inline(place)
     kept = bytearray()
     with _disk(ctx, trace) as disk:
         total = _extent(disk, offset, length)

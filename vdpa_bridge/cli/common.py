@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
 import click
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..device import Device
 
     IntType = click.ParamType[int]
+    BytesType = click.ParamType[bytes]
 else:
-    IntType = click.ParamType  # generic for type checkers only, before click 8.4
+    IntType = BytesType = click.ParamType  # generic for type checkers only, before click 8.4
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +101,10 @@ class Output:
     def json(self) -> bool:
         """Whether stdout belongs to JSON."""
         return self._place == "-"
+
+    def inline(self, place: BinaryIO) -> bool:
+        """Whether data for *place* goes into the JSON as hex, as both are on stdout."""
+        return self.json and getattr(place, "name", "-") in ("-", "<stdout>")
 
     def emit(self, data: object, text: Callable[[], object] = lambda: None) -> None:
         """One result: *data* as JSON, or what *text* prints."""
@@ -220,6 +225,51 @@ class Size(IntType):
 
 
 SIZE = Size()
+
+
+class Hex(BytesType):
+    """Bytes as hex digits, with or without colons."""
+
+    name = "hex"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        """Text to bytes."""
+        try:
+            return value if isinstance(value, bytes) else bytes.fromhex(value.replace(":", ""))
+        except ValueError:
+            self.fail(f"{value!r} is not hex digits", param, ctx)
+
+
+HEX = Hex()
+
+
+def timeout_option(function: F) -> F:
+    """``--timeout``; the command gets it as *timeout*."""
+    help_text = "Seconds to wait for the device."
+    return click.option("--timeout", type=click.FloatRange(0), default=5.0, show_default=True, help=help_text)(function)
+
+
+def place_option(function: F) -> F:
+    """``--output``; the command gets a file as *place*."""
+    help_text = "Where to write the data.  [default: stdout]"
+    return click.option("--output", "-o", "place", type=click.File("wb", lazy=True), default="-", metavar="FILE", help=help_text)(function)
+
+
+def source_option(function: F) -> F:
+    """``--input``; the command gets a file as *source*."""
+    help_text = "What to write.  [default: stdin]"
+    return click.option("--input", "-i", "source", type=click.File("rb"), default="-", metavar="FILE", help=help_text)(function)
+
+
+def show_facts(facts: Mapping[str, Any]) -> None:
+    """Print *facts* as aligned lines, those within one below it."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= {f"  {inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {key: value}
+    width = max(map(len, flat), default=0) + 2
+    for key, value in flat.items():
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        click.echo(f"{key.replace('_', ' '):{width}}{shown}")
 
 
 def human_size(count: int) -> str:

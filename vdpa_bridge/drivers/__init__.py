@@ -5,6 +5,24 @@ from __future__ import annotations
 
 from .base import Driver
 from .blk import BlkDriver, BlkInfo, BlkRequest
+from .console import ConsoleDriver
+from .generic import GenericDriver
+from .input import InputDriver
 from .net import NetDriver
+from .rng import RngDriver
+from .scsi import ScsiDriver
+from .vsock import VsockDriver
 
-__all__ = ["BlkDriver", "BlkInfo", "BlkRequest", "Driver", "NetDriver"]
+__all__ = [
+    "BlkDriver",
+    "BlkInfo",
+    "BlkRequest",
+    "ConsoleDriver",
+    "Driver",
+    "GenericDriver",
+    "InputDriver",
+    "NetDriver",
+    "RngDriver",
+    "ScsiDriver",
+    "VsockDriver",
+]

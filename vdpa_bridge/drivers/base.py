@@ -128,6 +128,8 @@ class Driver:
     """The device type that the driver is for; None for any."""
     table_entries: ClassVar[int] = 16
     """Buffers of the longest chain that goes into one indirect table."""
+    overstated: ClassVar[bool] = False
+    """Whether devices of the type count more bytes written than they were given room for, and are forgiven."""
 
     def __init__(
         self,
@@ -217,7 +219,15 @@ class Driver:
             space = self._space(index)
             area = space.rings[index]
             queue: DriverQueue[Pending] = DriverQueue(
-                area.address, area.size, area.iova, self._num, table_entries=table, event_idx=event_idx, owner=space.region, packed=packed
+                area.address,
+                area.size,
+                area.iova,
+                self._num,
+                table_entries=table,
+                event_idx=event_idx,
+                owner=space.region,
+                packed=packed,
+                overstated=self.overstated,
             )
             self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0, self._doorbells.get(index))
         for space in self._spaces:
@@ -331,6 +341,11 @@ class Driver:
             raise ValueError(f"{self.name}: the driver has no queue {index}, only {', '.join(map(str, self._rings)) or 'none'}")
         return self._rings[index]
 
+    def read_config(self, most: int) -> bytes:
+        """The device's configuration space, its first *most* bytes if it has more."""
+        size = min(self.device.identify().config_size, most)
+        return self.device.get_config(0, size) if size else b""
+
     # Chains ----------------------------------------------------------------------------------------------------------
 
     def post(self, queue: int, readable: Sequence[bytes] = (), writable: Sequence[int] = ()) -> Posted:
@@ -374,6 +389,11 @@ class Driver:
             timeout,
         )
         return posted.written, posted.data
+
+    def ask(self, queue: int, readable: Sequence[bytes] = (), room: int = 0, timeout: float | None = None) -> bytes:
+        """``transact`` with *room* bytes for the answer, which is what the device wrote of them."""
+        written, data = self.transact(queue, readable, [room] if room else [], timeout)
+        return b"".join(data)[:written]
 
     def _submit(self, ring: Ring, requests: Sequence[tuple[Segments, Segments, Pending]]) -> int:
         try:

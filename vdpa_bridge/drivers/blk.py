@@ -192,7 +192,7 @@ class BlkDriver(Driver):
 
     def refresh(self) -> BlkInfo:
         """Read the configuration space again (a disk may have grown)."""
-        config = self.device.get_config(0, min(self.device.identify().config_size, _CONFIG_BYTES))
+        config = self.read_config(_CONFIG_BYTES)
         if len(config) < 8:
             raise DeviceBroken(f"{self.name} has a configuration space of {len(config)} bytes, too short for a capacity")
         self.info = info = blk_info(self.features, config)

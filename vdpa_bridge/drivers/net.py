@@ -32,6 +32,7 @@ SHORTEST = 14
 _VLAN = 4
 _DEFAULT_MTU = 1500
 _LINK_UP = 1
+_CONFIG_BYTES = 12
 _SET_MAC = bytes((1, 1))
 _SET_PAIRS = bytes((4, 0))
 _BACKLOG = 65536
@@ -171,8 +172,7 @@ class NetDriver(Driver):
             self._command(_SET_PAIRS, len(self._pairs).to_bytes(2, "little"), f"{len(self._pairs)} queue pairs")
 
     def _config(self) -> dict[str, Value]:
-        size = self.device.identify().config_size
-        return parse_config(DeviceId.NET, self.features, self.device.get_config(0, min(size, 12)) if size else b"")
+        return parse_config(DeviceId.NET, self.features, self.read_config(_CONFIG_BYTES))
 
     @property
     def link_up(self) -> bool:
