@@ -178,9 +178,8 @@ def test_protocol_features_that_were_not_offered(client: Client, bit: int) -> No
     client.refused(f"{1 << bit:#x}", m.SET_PROTOCOL_FEATURES, U64(1 << bit))
 
 
-@pytest.mark.parametrize(("kind", "count"), [("blk", 1), ("net", 2)])
-def test_queues_are_counted_as_clients_want_them(kind: str, count: int) -> None:
-    """For net without the control queue."""
+@pytest.mark.parametrize(("kind", "count"), [("blk", 1), ("net", 3)])
+def test_queues_are_counted(kind: str, count: int) -> None:
     with talking(kind) as client:
         client.negotiate()
         assert client.number(m.GET_QUEUE_NUM) == count

@@ -280,7 +280,7 @@ class VhostUserLegacy(RuledBackend):
         return self._queue_count
 
     def _pairs(self) -> int:
-        """Queue pairs of a NIC. GET_QUEUE_NUM counts them in DPDK (22.11) and rings elsewhere: the configuration space says it best."""
+        """Queue pairs of a NIC. GET_QUEUE_NUM counts them (DPDK 22.11), or rings (crosvm, ours): the configuration space says it best."""
         if not self._offered & NetFeature.MQ:
             return 1
         if self._protocol & P.CONFIG:

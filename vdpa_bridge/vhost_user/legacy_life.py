@@ -79,12 +79,15 @@ class LifeCycle:
             (ops.SET_VRING_NUM, VringState(index, ring.num)),
             (ops.SET_VRING_ADDR, address),
             (ops.SET_VRING_BASE, VringState(index, ring.base)),
-            (ops.SET_VRING_KICK, VringFile(index, ring.kick)),
             (ops.SET_VRING_CALL, VringFile(index, ring.call)),
         ]
         if self._is_enabled(ring):  # virtio-pci has no way to say that a ring is not
             calls.append((ops.SET_VRING_ENABLE, VringState(index, 1)))
         return calls
+
+    @staticmethod
+    def _kick_call(index: int, ring: ClientRing) -> Call:
+        return ops.SET_VRING_KICK, VringFile(index, ring.kick)
 
     def _is_enabled(self, ring: ClientRing) -> bool:
         return ring.enabled or not self._features & VHOST_USER_F_PROTOCOL_FEATURES
@@ -101,7 +104,7 @@ class LifeCycle:
             with self._at_rest() as kept:
                 if kept:
                     for index, ring in fresh.items():
-                        self._all(self._ring_calls(index, ring))
+                        self._all([*self._ring_calls(index, ring), self._kick_call(index, ring)])
 
     def _may_start(self, ready: list[ClientRing]) -> bool:
         """Whether a ring is enabled; where none can be enabled later, every ready one must be, or be said not to be."""
@@ -160,7 +163,9 @@ class LifeCycle:
             calls += self._ring_calls(index, ring)
         try:
             self._all(calls)
-            self._all([(ops.SET_STATUS, U8(_RUNNING))])  # not sent along: a device that refused a ring's base must not start it at 0
+            # DRIVER_OK is not sent along: a device that refused a ring's base must not start it at 0. Kicks come behind it: a client need
+            # not wait, and vp_vdpa rings the doorbell for it while the queue has no interrupt yet, which is lost then (kernel 6.12)
+            self._all([(ops.SET_STATUS, U8(_RUNNING)), *(self._kick_call(index, ring) for index, ring in ready.items())])
         except OSError:
             self._reset()
             raise

@@ -18,7 +18,6 @@ from ..errors import RemoteProtocolError, reason
 from ..eventfd import Metronome, kick
 from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, BackendFeature, Feature, Status
 from ..flags import ProtocolFeature as P
-from ..virtio.ids import DeviceId
 from ..wire import (
     EMPTY,
     U64,
@@ -140,12 +139,9 @@ class LegacyService(LifeCycle):
         """Deprecated by the specification; back-ends ignore it."""
 
     def _get_queue_num(self, message: Frame, request: Empty) -> U64:
-        """What a client may ask for at most. For a NIC, QEMU compares queue pairs with it, cloud-hypervisor (v53) rings: so rings it is,
-        without the control queue, which clients keep to themselves. Who asks for more pairs is refused at the ring that is not there."""
-        count = self._queue_count()
-        if self._backend.call(ops.GET_DEVICE_ID, EMPTY).value == DeviceId.NET:
-            count -= count % 2
-        return U64(count)
+        """All of them, a NIC's control queue among them. Clients take it for a limit of different things: queue pairs (QEMU), rings
+        (cloud-hypervisor v53), all rings there are (crosvm). Who asks for more pairs is refused at a ring that is not there."""
+        return U64(self._queue_count())
 
     def _queue_count(self) -> int:
         if self._queues is None:
