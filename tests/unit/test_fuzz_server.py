@@ -22,10 +22,12 @@ import pytest
 from tests.conftest import belongings
 from tests.support.homes import connector, served, socket_path
 from tests.support.hostile import FULL, Hostile, Stock
+from tests.support.limited import LimitedDevice
 from tests.support.raw import Raw
 from vdpa_bridge import ops
 from vdpa_bridge.backends.base import Backend
 from vdpa_bridge.backends.model import ModelDevice
+from vdpa_bridge.backends.relay import relayed
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver, NetDriver
 from vdpa_bridge.errors import RemoteProtocolError
@@ -228,6 +230,32 @@ def test_sessions_through_a_bridge(stock: Stock) -> None:
     finally:
         device.close()
     print(f"bridge: {attack}")
+
+
+@pytest.mark.timeout(max(120, MESSAGES // 1000))
+@pytest.mark.parametrize("hardware", [False, True], ids=["asked for", "hardware"])
+def test_sessions_through_a_relay(hardware: bool, stock: Stock) -> None:
+    """Always in between, or brought in by what a device with hardware's limits refuses: what goes on to the device must be good."""
+    place = "hardware" if hardware else "relay"
+    device = (LimitedDevice if hardware else ModelDevice)(make_model("net", OPTIONS["net"]), f"model:{place}")
+    attack = Attack(stock)
+    works(Device(device.open()), "net")
+    before = belongings()
+    try:
+        for seed in seeds(place) if chosen(place) else ():
+            try:
+                attack.run(device.open() if hardware else relayed(device.open()), Hostile(seed))
+                if attack.sessions % 50 == 0:
+                    assert_nothing_left(before)
+            except BaseException as error:
+                error.add_note(f"replay it with VDPA_BRIDGE_FUZZ_SEED={seed}")
+                raise
+            if attack.messages >= MESSAGES * 5 // 100:
+                break
+        works(Device(device.open()), "net")
+    finally:
+        device.close()
+    print(f"{place}: {attack}")
 
 
 @pytest.mark.timeout(max(120, MESSAGES // 1000))

@@ -110,21 +110,21 @@ class RelayBackend(RuledBackend):
         return {**self._behind.facts(), "relay": self.why}
 
     def close(self) -> None:
-        """Reset, unmap, give the device back."""
+        """Reset, unmap, give the device back. The client's eventfds go before the thread, which one of them may hold up."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._runner.clear()
+            try:
+                self._behind.close()
+            finally:
+                self._forget_behind()
+                self._forget()
+                if self._config_call is not None:
+                    self._config_call.close()
+                self._memory.close()
         self._runner.close()
-        try:
-            self._behind.close()
-        finally:
-            self._forget_behind()
-            self._forget()
-            self._memory.close()
-            if self._config_call is not None:
-                self._config_call.close()
 
     # Life cycle --------------------------------------------------------------------------------------------------------
 
