@@ -101,7 +101,7 @@ class Metronome:
     """
 
     def __init__(self, period: float = 1e-4) -> None:
-        self._period = period
+        self.period = period
         self._fds: set[int] = set()
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -123,7 +123,7 @@ class Metronome:
             self._fds.discard(fd)
 
     def _run(self) -> None:
-        while not self._end.wait(self._period):
+        while not self._end.wait(self.period):
             with self._lock:
                 for fd in self._fds:
                     try:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""What a bridge costs requests: a client in C on a kernel disk, directly and through ``vdpa-bridge serve``, in the lab.
+"""What a bridge costs requests: a client in C on a kernel disk, directly, through ``vdpa-bridge serve`` and through its relay, in the lab.
 
 The same program and the same ring code (userspace/client) open /dev/vhost-vdpa-N themselves or let the bridge do it; they
 take turns. Figures are medians of requests per second, writes and verified reads of 4 KiB, and of the ratio in each turn:
 the lab's CPU is emulated, the ratios count. The simulator is shown without a goal: it is a thread of the kernel that works
 in the address space of whoever owns the device (vdpasim_bind_mm), so a client that is not the owner costs it a change of
-address space per wake-up, which is dear under emulation. Hardware has nothing of the kind.
+address space per wake-up, which is dear under emulation. Hardware has nothing of the kind. The relay (--relay on) has no goal
+either: every request wakes it twice, where a bridge that passes through does nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,23 +60,28 @@ def sample(place: str, depth: int, requests: int) -> dict[str, float]:
 def measure(node: str, requests: int, repeat: int) -> list[dict[str, Any]]:
     """One row per depth and kind of request."""
     samples: dict[tuple[int, str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="vbb") as directory:
-        path = Path(directory, "s")
-        with running([sys.executable, "-m", "vdpa_bridge", "serve", node, "--socket-path", str(path)], path):
+    with tempfile.TemporaryDirectory(prefix="vbb") as directory, ExitStack() as servers:
+        places = {"direct": node}
+        for way, relay in (("bridge", "off"), ("relay", "on")):
+            path = Path(directory, way)
+            places[way] = str(path)
+            wait_until_free(node)
+            servers.enter_context(running([sys.executable, "-m", "vdpa_bridge", "serve", node, "--socket-path", str(path), "--relay", relay], path))
             sample(str(path), 1, 10)  # the server has the device open for its first client
-            for turn in range(repeat + 1):
-                ways = (("direct", node), ("bridge", str(path)))
-                for depth in DEPTHS:
-                    for way, place in ways if turn % 2 else reversed(ways):
-                        wait_until_free(node)
-                        for kind, rate in sample(place, depth, requests).items():
-                            if turn:
-                                samples.setdefault((depth, kind, way), []).append(rate)
+        for turn in range(repeat + 1):
+            ways = list(places.items())
+            for depth in DEPTHS:
+                for way, place in ways if turn % 2 else reversed(ways):
+                    wait_until_free(node)
+                    for kind, rate in sample(place, depth, requests).items():
+                        if turn:
+                            samples.setdefault((depth, kind, way), []).append(rate)
     rows = []
     for depth, kind in ((depth, kind) for depth in DEPTHS for kind in ("writes", "reads")):
-        direct, bridge = (samples[depth, kind, way] for way in ("direct", "bridge"))
-        ratio = statistics.median(one / other for one, other in zip(direct, bridge, strict=True))
-        rows.append({"depth": depth, "kind": kind, "direct": statistics.median(direct), "bridge": statistics.median(bridge), "ratio": ratio})
+        rates = {way: samples[depth, kind, way] for way in places}
+        ratio, relayed = (statistics.median(one / other for one, other in zip(rates["direct"], rates[way], strict=True)) for way in ("bridge", "relay"))
+        medians = {way: statistics.median(rates[way]) for way in places}
+        rows.append({"depth": depth, "kind": kind, **medians, "ratio": ratio, "relay_ratio": relayed})
     return rows
 
 
@@ -103,13 +110,13 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=110)
-    table = Table("disk", "requests", "in flight", "direct, 1/s", "bridge, 1/s", "direct / bridge", title="requests of 4 KiB, median rates, in the lab")
+    console = Console(width=130)
+    columns = ("disk", "requests", "in flight", "direct, 1/s", "bridge, 1/s", "direct / bridge", "relay, 1/s", "direct / relay")
+    table = Table(*columns, title="requests of 4 KiB, median rates, in the lab")
     for name, rows in report["disks"].items():
         for row in rows:
-            table.add_row(
-                name, row["kind"], str(row["depth"]), f"{row['direct']:,.0f}", f"{row['bridge']:,.0f}", f"{row['ratio']:.2f}"
-            )
+            figures = f"{row['direct']:,.0f}", f"{row['bridge']:,.0f}", f"{row['ratio']:.2f}", f"{row['relay']:,.0f}", f"{row['relay_ratio']:.2f}"
+            table.add_row(name, row["kind"], str(row["depth"]), *figures)
     console.print(table)
     for goal in report["goals"]:
         mark = "reached" if goal["value"] <= goal["most"] else "MISSED"

@@ -116,15 +116,15 @@ class RelayBackend(RuledBackend):
                 return
             self._closed = True
             self._runner.clear()
-            try:
-                self._behind.close()
-            finally:
-                self._forget_behind()
-                self._forget()
-                if self._config_call is not None:
-                    self._config_call.close()
-                self._memory.close()
-        self._runner.close()
+        try:
+            self._behind.close()
+        finally:
+            self._forget_behind()
+            self._forget()
+            if self._config_call is not None:
+                self._config_call.close()
+            self._memory.close()
+            self._runner.close()
 
     # Life cycle --------------------------------------------------------------------------------------------------------
 

@@ -79,42 +79,45 @@ class RelayMemory:
         """Map for the client what it asks for; EINVAL, EEXIST as of a table, else as the device has it."""
         self.table.check(request)
         mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
-        place = None
+        place, fd = None, -1
         try:
             place = self._room.take(request.size)
-            self._device.map([replace(request, iova=place, asid=0)])
-        except OSError:
+            fd = os.dup(request.fd)
+            update = replace(request, iova=place, asid=0, fd=fd)
+            self._device.map([update])
+        except BaseException:
             mapping.close()
             if place is not None:
                 self._room.give(place, request.size)
+            if fd >= 0:
+                os.close(fd)
             raise
-        piece = Piece(mapping, replace(request, iova=place, asid=0, fd=os.dup(request.fd)), True)
-        self.table.add(request, piece)
+        self.table.add(request, Piece(mapping, update, True))
         self.here.add(request.iova, request.size, mapping.address, request.perm)
         self.places.add(request.iova, request.size, place, request.perm)
 
     def remove(self, request: IotlbInvalidate) -> None:
         """Take the client's mappings inside *request* away."""
-        for entry in self.table.remove(request):
+        gone = self.table.remove(request)
+        for entry in gone:
             self.here.remove(entry.iova, entry.size)
             self.places.remove(entry.iova, entry.size)
-            self._drop(entry.value)
+        self._drop([entry.value for entry in gone])
 
     def clear(self) -> None:
         """Take all of the client's mappings away."""
         self.here.clear()
         self.places.clear()
-        for entry in self.table.clear():
-            self._drop(entry.value)
+        self._drop([entry.value for entry in self.table.clear()])
 
-    def _drop(self, piece: Piece) -> None:
+    def _drop(self, pieces: list[Piece]) -> None:
         try:
-            if piece.there:
-                self._device.unmap([piece.update])
+            self._device.unmap([piece.update for piece in pieces if piece.there])
         finally:
-            self._room.give(piece.update.iova, piece.update.size)
-            os.close(piece.update.fd)
-            piece.mapping.close()
+            for piece in pieces:
+                self._room.give(piece.update.iova, piece.update.size)
+                os.close(piece.update.fd)
+                piece.mapping.close()
 
     def rings(self, size: int) -> Region:
         """At least *size* bytes for rings on the device, with nothing in them that counts."""

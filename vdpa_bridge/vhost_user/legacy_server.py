@@ -281,7 +281,10 @@ class LegacyService(LifeCycle):
         """Without a descriptor the ring is polled (vhost-user spec, SET_VRING_KICK): the device is kicked in our rhythm then."""
         index, ring, fd = self._event(message, request)
         self._stop(ring)
-        ring.kick = fd if fd >= 0 else self._metronome.add()
+        if fd < 0:
+            fd = self._metronome.add()
+            _log.info("%s: ring %d has no kick descriptor: the device is kicked every %g us", self._device.name, index, self._metronome.period * 1e6)
+        ring.kick = fd
         if ring.set_up:
             self._backend.call(ops.SET_VRING_KICK, VringFile(index, ring.kick))
         self._sync()
