@@ -95,7 +95,7 @@ class RelayBackend(RuledBackend):
         self._memory = RelayMemory(self._device)
         self._config_call: EventFd | None = None
         self._rings_behind: dict[int, Behind] = {}
-        self._refused = False
+        self._agreed = self._refused = False
         self._runner = RelayRunner(behind.name, self._ring_broke)
         self._lock = self._runner.lock
 
@@ -161,7 +161,7 @@ class RelayBackend(RuledBackend):
     def _on_reset(self, keep_mappings: bool) -> None:
         self._runner.clear()
         self._stop_behind()
-        self._refused = False
+        self._agreed = self._refused = False
         if not keep_mappings:
             self._memory.clear()
 
