@@ -216,6 +216,7 @@ class RelayBackend(RuledBackend):
                     event_idx=bool(accepted & Feature.RING_EVENT_IDX),
                     owner=region,
                     packed=packed,
+                    overstated=True,  # the client may have expected it of the device, and gets no more than fits
                 )
                 behind = self._rings_behind[index] = Behind(queue, _eventfd(), _eventfd())
                 base = PACKED_BEGIN if packed else 0
