@@ -47,10 +47,13 @@ class Target:
     scheme: str
     place: str
     options: dict[str, str] = field(default_factory=dict)
-    _model: ModelDevice | None = None
+    name: str = ""
+    """What a model is called in messages; by default its target."""
+    model: ModelDevice | None = None
+    """From the first ``open`` to ``close``, where the target is a model."""
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str, name: str = "") -> Target:
         """ValueError that shows the grammar when *text* is no target."""
         scheme, colon, rest = text.partition(":")
         if not colon or "/" in scheme:
@@ -66,7 +69,7 @@ class Target:
         if known is not None and (unknown := set(options) - known):
             choices = ", ".join(sorted(known)) or "none"
             raise ValueError(f"{text}: unknown option {', '.join(sorted(unknown))}; there is: {choices}")
-        return cls(text, scheme, place, options)
+        return cls(text, scheme, place, options, name)
 
     def open(self) -> Backend:
         """One session with the device. OSError and ProtocolError as the home has them, with advice; ValueError for wrong options."""
@@ -78,9 +81,9 @@ class Target:
 
     def _open(self) -> Backend:
         if self.scheme == "model":
-            if self._model is None:
-                self._model = ModelDevice(make_model(self.place, self.options), self.text)
-            return self._model.open()
+            if self.model is None:
+                self.model = ModelDevice(make_model(self.place, self.options), self.name or self.text)
+            return self.model.open()
         if self.scheme == "vhost-user":
             return self._open_socket(self.place)
         path = _node_of(self.place) if self.scheme == "vdpa" else self.place
@@ -130,9 +133,9 @@ class Target:
 
     def close(self) -> None:
         """Let a model go; sessions are closed by those who opened them."""
-        if self._model is not None:
-            self._model.close()
-            self._model = None
+        if self.model is not None:
+            self.model.close()
+            self.model = None
 
 
 def _number(text: str, key: str, value: str) -> float:

@@ -292,7 +292,7 @@ def check_log(caplog: pytest.LogCaptureFixture, seed: str) -> None:
     for record in caplog.records:
         text = record.getMessage()
         assert record.exc_info is None, f"a defect, replay it with VDPA_BRIDGE_FUZZ_SEED={seed}: {text}\n{record.exc_text}"
-        _, dropped, why = text.partition("client dropped: ")
+        _, dropped, why = text.partition(": drop: ")
         if dropped:
             assert re.search(r"\d|hung up in the middle|does not read", why), f"{seed}: {text}"
     caplog.clear()

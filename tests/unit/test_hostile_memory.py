@@ -302,7 +302,7 @@ def test_table_that_is_refused_under_a_running_device(moved: int, path: str, cap
         wrong = m.MemTable((R(BASE, SIZE, USER + moved, 0), R(BASE + SIZE, 2 * SIZE, USER + 2 * SIZE, 0)))
         with pytest.raises(ConnectionError):
             client.tell(m.SET_MEM_TABLE, wrong, client.memory, client.memory)
-        assert logged(caplog, r"client dropped: SET_MEM_TABLE \(5\): .* holds 0x10000 bytes of memory, the mapping needs 0x20000")
+        assert logged(caplog, r"drop: SET_MEM_TABLE \(5\): .* holds 0x10000 bytes of memory, the mapping needs 0x20000")
 
 
 # Rings that cannot be ------------------------------------------------------------------------------------------------------------------

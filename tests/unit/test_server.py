@@ -12,22 +12,25 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.bare import MODES, STEP, Bare
 from tests.support.homes import Opener, connector, socket_path
 from tests.support.raw import ENTER, HELLO, Raw
 from vdpa_bridge import ops
+from vdpa_bridge.backends.base import Backend
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver
 from vdpa_bridge.errors import PeerClosed
 from vdpa_bridge.flags import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature, Status
 from vdpa_bridge.models import make_model
+from vdpa_bridge.models.base import Queue
 from vdpa_bridge.vhost_user import messages as m
 from vdpa_bridge.vhost_user.framing import HEADER, MAX_FDS, frame
 from vdpa_bridge.vhost_user.server import Server
@@ -411,6 +414,54 @@ def test_device_that_cannot_be_opened(model: ModelDevice, path: str) -> None:
             connector(path, "blk", "require")()
         works(connector(path, "blk", "require"))
         assert server.served >= 1
+
+
+def test_device_whose_opening_fails_in_an_unexpected_way(model: ModelDevice, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A defect costs the client at hand its connection, and is told; the server goes on."""
+    defects = [KeyError("of a model")]
+
+    def open_device() -> Backend:
+        if defects:
+            raise defects.pop()
+        return model.open()
+
+    with Server(open_device, path):
+        with pytest.raises(PeerClosed):
+            connector(path, "blk", "require")()
+        works(connector(path, "blk", "require"))
+    assert any(record.exc_info and isinstance(record.exc_info[1], KeyError) for record in caplog.records)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ring_thread_wakes_for_work_alone(mode: str, server: Server, model: ModelDevice, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring that is empty when it starts is looked at after a kick; chains that are there before are served without one."""
+    process, looked = model.model.process, list[int]()
+
+    def process_and_note(queues: Mapping[int, Queue], index: int) -> None:
+        looked.append(index)
+        process(queues, index)
+
+    monkeypatch.setattr(model.model, "process", process_and_note)
+    with Bare(path, mode) as client:
+        client.bring_up()
+        client.fill()
+        client.offer(STEP)
+        client.wait_done(STEP)
+    assert looked == [0]
+    with Bare(path, mode) as client:
+        client.fill()
+        client.offer(STEP)
+        os.eventfd_read(client.kick)
+        client.bring_up()
+        client.wait_done(STEP)
+
+
+def test_timeout_that_is_almost_none(model: ModelDevice, path: str) -> None:
+    """It is not taken for no limit, as the socket option takes 0."""
+    with Server(model.open, path, timeout=1e-9), Raw(path) as raw:
+        raw.enter()
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            raw.send(STATUS * 1_000_000)
 
 
 # Anything ----------------------------------------------------------------------------------------------------------------------

@@ -6,21 +6,14 @@ Rule of this file: one line per client that comes, goes, is dropped (with the ru
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import socket
-import time
 from collections.abc import Callable
 
 from ..backends.base import Backend
-from ..backends.model import ModelDevice
 from ..backends.relay import relayed
-from ..errors import PeerClosed, ProtocolError, RemoteProtocolError, reason
-from ..models import BlkModel, make_model
+from ..models import BlkModel
 from ..targets import Target
-from ..vhost_user.framing import Receiver
 from ..vhost_user.server import Server
-from ..vhost_user.session import Session
 from .journal import CONTEXT, event
 from .listening import Listener, PeerCredentials
 from .spec import DeviceSpec
@@ -34,10 +27,9 @@ class ServedDevice:
 
     def __init__(self, spec: DeviceSpec, wrap: Wrap) -> None:
         self.spec = spec
-        self._target = Target.parse(spec.target)
+        self._target = Target.parse(spec.target, spec.name)
         self._wrap = wrap
         self._first: Backend | None = None
-        self._model: ModelDevice | None = None
 
     def prepare(self) -> None:
         """Open the device for the first client; what cannot be opened shows now."""
@@ -49,19 +41,12 @@ class ServedDevice:
         return first if first is not None else self._open()
 
     def _open(self) -> Backend:
-        backend = self._session()
+        backend = self._target.open()
         return self._wrap(relayed(backend) if self.spec.relay == "on" else backend, self.spec.name)
-
-    def _session(self) -> Backend:
-        if self._target.scheme != "model":
-            return self._target.open()
-        if self._model is None:
-            self._model = ModelDevice(make_model(self._target.place, self._target.options), self.spec.name)
-        return self._model.open()
 
     def refresh(self) -> str:
         """Look again how large the disk is, and tell its driver; what changed, for the log. OSError when its file does not say."""
-        device = self._model
+        device = self._target.model
         if device is None or not isinstance(model := device.model, BlkModel):
             return ""
         before = model.capacity
@@ -73,9 +58,6 @@ class ServedDevice:
         if self._first is not None:
             self._first.close()
             self._first = None
-        if self._model is not None:
-            self._model.close()
-            self._model = None
         self._target.close()
 
 
@@ -84,19 +66,17 @@ class ServiceServer(Server):
 
     def __init__(self, device: ServedDevice, listener: Listener, on_client: Callable[[], None]) -> None:
         spec = device.spec
-        super().__init__(self._take, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout, relay=spec.relay == "auto")
+        super().__init__(device.open, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout, relay=spec.relay == "auto")
         self.device = device
         self.listener = listener
         self.peer: PeerCredentials | None = None
         """The client that is being served."""
         self._on_client = on_client
-        self._opened: Backend | None = None
-        self._session: Session | None = None
 
     @property
     def relayed(self) -> str:
         """Why the client's requests go through a relay, empty if they do not."""
-        session = self._session
+        session = self.session
         return "" if session is None else "asked for" if self.device.spec.relay == "on" else session.relayed
 
     def run(self) -> None:
@@ -104,42 +84,11 @@ class ServiceServer(Server):
         CONTEXT.device = self.device.spec.name
         super().run()
 
-    def _take(self) -> Backend:
-        backend, self._opened = self._opened, None
-        assert backend is not None
-        return backend
+    def attend(self, client: socket.socket | None) -> None:
+        """Note who it is."""
+        self.peer = CONTEXT.peer = None if client is None else PeerCredentials.of(client)
+        self._on_client()
 
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            self.peer = CONTEXT.peer = PeerCredentials.of(client)
-            try:
-                self._opened = self.device.open()
-            except (OSError, ProtocolError, ValueError) as error:
-                event(logging.ERROR, "refuse", f"cannot open the device: {reason(error)}")
-                return
-            event(logging.INFO, "connect")
-            self._on_client()
-            super()._serve(client)
-        finally:
-            self.peer = CONTEXT.peer = None
-            self._on_client()
-
-    def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
-        start = time.monotonic()
-        self._session = session
-        level, name, why = logging.WARNING, "drop", "a defect of this server"
-        try:
-            super()._converse(client, session, receiver)
-        except PeerClosed as error:
-            level, name, why = logging.INFO, "disconnect", str(error)
-        except RemoteProtocolError as error:
-            why = str(error)
-            with contextlib.suppress(OSError):
-                client.send(session.last_words(error), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        except OSError as error:
-            why = reason(error)
-        finally:
-            self._session = None
-            if self._stopping.is_set():
-                level, name, why = logging.INFO, "disconnect", "this server stops"
-            event(level, name, why, mode=session.mode, seconds=round(time.monotonic() - start, 3))
+    def tell(self, level: int, name: str, why: str = "", **more: object) -> None:
+        """One line of the log."""
+        event(level, name, why, "", **more)

@@ -18,6 +18,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Self
 
@@ -60,12 +61,16 @@ class Server:
         self._vdpa = vdpa
         self._relay = relay
         self._timeout = timeout
+        microseconds = max(1, int(timeout * 1e6))  # 0 would be no limit
+        self._send_limit = struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
         self._own_path = sock is None
         self._listener = sock if sock is not None else _listen(path)
         self._client: socket.socket | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._view = memoryview(bytearray(_CHUNK))
+        self.session: Session | None = None
+        """That of the client that is being served."""
         self.served = 0
         """Connections that ended so far."""
 
@@ -95,6 +100,15 @@ class Server:
                 self._client = None
             self.served += 1
 
+    # For those who watch, in the thread of the server --------------------------------------------------------------------
+
+    def attend(self, client: socket.socket | None) -> None:
+        """From now on *client* is served; None: it is gone, and its device is closed."""
+
+    def tell(self, level: int, name: str, why: str = "", **more: object) -> None:
+        """What happened to the client: ``refuse`` (no device could be opened), ``connect``, ``disconnect`` or ``drop``, and why; *more* when it ends."""
+        _log.log(level, "%s: %s: %s", self.path, name, why)
+
     def stop(self) -> None:
         """End the current connection, if any, and stop listening; harmless when done before. Any thread."""
         self._stopping.set()
@@ -120,34 +134,55 @@ class Server:
     # One connection -----------------------------------------------------------------------------------------------------
 
     def _serve(self, client: socket.socket) -> None:
-        limit = struct.pack("@ll", int(self._timeout), int(self._timeout % 1 * 1e6))
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        try:
-            session = Session(self._open_device(), self._vdpa, self._relay)
-        except (OSError, ProtocolError, ValueError) as error:
-            _log.error("%s: cannot open the device for a client: %s", self.path, reason(error))
-            return
         receiver = Receiver(fds_wanted, MAX_PAYLOAD, message_name)
+        try:
+            self.attend(client)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._send_limit)
+            self.session = self._open()
+            if self.session is not None:
+                self._until_end(client, self.session, receiver)
+        except Exception:  # a model's, for one; the next client may have more luck
+            _log.exception("%s: a defect of this server", self.path)
+        finally:
+            receiver.close()
+            self._close()
+            self.attend(None)
+
+    def _open(self) -> Session | None:
+        try:
+            return Session(self._open_device(), self._vdpa, self._relay)
+        except (OSError, ProtocolError, ValueError) as error:
+            self.tell(logging.ERROR, "refuse", f"cannot open the device: {reason(error)}")
+            return None
+
+    def _close(self) -> None:
+        session, self.session = self.session, None
+        try:
+            if session is not None:
+                session.close()
+        except (OSError, ProtocolError) as error:
+            _log.warning("%s: closing the device: %s", self.path, reason(error))
+        except Exception:
+            _log.exception("%s: closing the device failed", self.path)
+
+    def _until_end(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
+        start = time.monotonic()
+        level, name, why = logging.WARNING, "drop", "a defect of this server"
+        self.tell(logging.INFO, "connect")
         try:
             self._converse(client, session, receiver)
         except PeerClosed as error:
-            _log.info("%s: %s", self.path, error)
+            level, name, why = logging.INFO, "disconnect", str(error)
         except RemoteProtocolError as error:
-            _log.warning("%s: client dropped: %s", self.path, error)
+            why = str(error)
             with contextlib.suppress(OSError):
                 client.send(session.last_words(error), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except OSError as error:
-            _log.warning("%s: client dropped: %s", self.path, reason(error))
-        except Exception:
-            _log.exception("%s: client dropped by a defect of this server", self.path)
+            why = reason(error)
         finally:
-            receiver.close()
-            try:
-                session.close()
-            except (OSError, ProtocolError) as error:
-                _log.warning("%s: closing the device: %s", self.path, reason(error))
-            except Exception:  # a model's reset, for one; the next client may have more luck
-                _log.exception("%s: closing the device failed", self.path)
+            if self._stopping.is_set():
+                level, name, why = logging.INFO, "disconnect", "this server stops"
+            self.tell(level, name, why, mode=session.mode, seconds=round(time.monotonic() - start, 3))
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
         view, flags = [self._view], socket.MSG_CMSG_CLOEXEC
