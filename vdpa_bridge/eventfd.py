@@ -104,7 +104,6 @@ class Metronome:
         self.period = period
         self._fds: set[int] = set()
         self._lock = threading.Lock()
-        self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self) -> int:
@@ -113,6 +112,7 @@ class Metronome:
         with self._lock:
             self._fds.add(fd)
             if self._thread is None:
+                self._end = threading.Event()
                 self._thread = threading.Thread(target=self._run, name="metronome", daemon=True)
                 self._thread.start()
         return fd
@@ -133,7 +133,7 @@ class Metronome:
 
     def close(self) -> None:
         """End the thread; harmless when done before."""
-        self._end.set()
         if self._thread is not None:
+            self._end.set()
             self._thread.join()
             self._thread = None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import FrozenInstanceError
 
 import pytest
 from hypothesis import given, settings
@@ -130,10 +129,8 @@ def test_only_version_2_of_iotlb_messages(version: int) -> None:
 
 def test_payloads_are_values() -> None:
     assert {VringState(1, 2), VringState(1, 2)} == {VringState(1, 2)}
-    with pytest.raises(FrozenInstanceError):
-        EMPTY.anything = 1  # type: ignore[attr-defined]
-    with pytest.raises(FrozenInstanceError):
-        VringState(1, 2).num = 3  # type: ignore[misc]
+    assert VringState(1, 2) != VringState(2, 1)
+    assert U64(1) != U8(1)
 
 
 def test_values_that_do_not_fit_are_refused() -> None:

@@ -31,7 +31,8 @@ from .legacy_state import ClientRing
 
 _log = logging.getLogger(__name__)
 
-_RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
+_DRIVER = Status.ACKNOWLEDGE | Status.DRIVER
+_RUNNING = _DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
 class LifeCycle:
@@ -67,7 +68,7 @@ class LifeCycle:
             self._owned = True
 
     def _batch(self, calls: list[Call]) -> list[Call]:
-        if not calls or not self._backend_features & BackendFeature.IOTLB_BATCH:
+        if len(calls) < 2 or not self._backend_features & BackendFeature.IOTLB_BATCH:
             return calls
         return [(ops.IOTLB_BATCH_BEGIN, IotlbBatchBegin(0)), *calls, (ops.IOTLB_BATCH_END, IotlbBatchEnd(0))]
 
@@ -135,15 +136,13 @@ class LifeCycle:
     def _negotiate(self) -> None:
         """Own the device, and bring it from reset to FEATURES_OK."""
         self._own()
-        driver = Status.ACKNOWLEDGE | Status.DRIVER
         features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
         self._all(
             [
                 (ops.SET_STATUS, U8(0)),
-                (ops.SET_STATUS, U8(Status.ACKNOWLEDGE)),
-                (ops.SET_STATUS, U8(driver)),
+                (ops.SET_STATUS, U8(_DRIVER)),
                 (ops.SET_FEATURES, U64(features)),
-                (ops.SET_STATUS, U8(driver | Status.FEATURES_OK)),
+                (ops.SET_STATUS, U8(_DRIVER | Status.FEATURES_OK)),
             ]
         )
         if not self._backend.call(ops.GET_STATUS, EMPTY).value & Status.FEATURES_OK:

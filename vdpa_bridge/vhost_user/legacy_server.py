@@ -53,6 +53,7 @@ class LegacyService(LifeCycle):
         self._offered = OFFERED | extra
         self._protocol = 0
         self._queues: int | None = None
+        self._config_size: int | None = None
         self._metronome = Metronome()
 
     @property
@@ -175,9 +176,10 @@ class LegacyService(LifeCycle):
     # Configuration space ---------------------------------------------------------------------------------------------------
 
     def _get_config(self, message: Frame, request: m.ConfigSpace) -> m.ConfigSpace:
-        size = self._backend.call(ops.GET_CONFIG_SIZE, EMPTY).value
+        if self._config_size is None:
+            self._config_size = self._backend.call(ops.GET_CONFIG_SIZE, EMPTY).value
         length = len(request.data)
-        have = max(0, min(length, size - request.offset))
+        have = max(0, min(length, self._config_size - request.offset))
         data = self._backend.call(ops.GET_CONFIG, ConfigRange(request.offset, have)).data if have else b""
         return m.ConfigSpace(request.offset, request.flags, data.ljust(length, b"\0"))
 
