@@ -53,7 +53,7 @@ class SharedMapping:
     def __init__(self, fd: int, size: int, offset: int = 0, perm: int = RW) -> None:
         status = os.fstat(fd)
         length = status.st_size
-        if offset + size > length:
+        if offset + size > -(-length // PAGE) * PAGE:  # the rest of the last page is there, too, and is zeroes
             raise OSError(errno.EINVAL, f"the descriptor holds {length:#x} bytes of memory, the mapping needs {offset + size:#x}: is it a memfd, and large enough?")
         prot = mmap.PROT_READ if perm == RO else mmap.PROT_READ | mmap.PROT_WRITE
         grain = _grain(status.st_blksize)

@@ -6,6 +6,7 @@ A client's memory goes to the kernel as IOTLB updates, its kick and call eventfd
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 
@@ -19,6 +20,8 @@ from vdpa_bridge.memory import Region
 from vdpa_bridge.virtio.features import BlockFeature
 from vdpa_bridge.wire import Iova, VringState
 
+from ..support import bare
+from ..support.bare import Bare
 from ..support.bridge import REFUSED, Bridge, bridging, node, run_client, start_client
 from ..support.seen import Seen
 
@@ -118,6 +121,23 @@ def test_foreign_client_moves_to_new_memory(disk_bridge: Bridge, options: tuple[
     """Memory that comes while the ring runs: nothing that was there is touched, so no device has to stop for it."""
     run_client(disk_bridge.path, "--requests", 200, "--grow", *options)
     seen("clients", "vhost-blk-client", "blk", disk_bridge.kind, "memory hotplug", "memory slots" if not options else "memory table")
+
+
+@pytest.mark.parametrize("mode", bare.MODES)
+def test_memory_that_ends_within_a_page(disk_bridge: Bridge, mode: str) -> None:
+    """The kernel gets the last page as a whole, and a device reads into it."""
+    with Bare(disk_bridge.path, mode) as client:
+        end = bare.SIZE - 0x4F0
+        os.ftruncate(client.memory, end)
+        client.start()
+        assert client.share(size=bare.SIZE if mode == "vdpa" else end) == 0
+        assert client.ring() == 0
+        os.pwrite(client.memory, b"\xff" * 512, bare.SIZE - 4096)
+        client.fill(data_at=bare.BASE + bare.SIZE - bare.STEP * 4096)
+        client.offer(bare.STEP)
+        client.wait_done(bare.STEP)
+        assert client.statuses() == bytes(bare.STEP)
+        assert os.pread(client.memory, 512, bare.SIZE - 4096) != b"\xff" * 512
 
 
 def test_client_killed_at_work(disk_bridge: Bridge, seen: Seen) -> None:

@@ -164,6 +164,8 @@ class Service:
             text = f"serves process {peer.pid} of user {peer.uid}" if peer is not None else "waits for a client"
             if why := server.relayed:
                 text += f"; relay: {why}"
+            if server.session is not None and (owed := server.session.waits_for):
+                text += f"; waits: {owed}"
             event(logging.WARNING, "status", text, device=server.device.spec.name, served=server.served)
 
     def stop(self) -> bool:

@@ -107,6 +107,15 @@ class LifeCycle:
                     for index, ring in fresh.items():
                         self._all([*self._ring_calls(index, ring), self._kick_call(index, ring)])
 
+    @property
+    def waits_for(self) -> str:
+        """What the client has to say before its rings can work, empty if they do or if there are none yet. Any thread."""
+        silent = [index for index, ring in list(self._rings.items()) if ring.ready and not ring.told and not self._is_enabled(ring)]
+        if self._running or not silent:
+            return ""
+        others = "" if self._enables_late or not self._owned else "; this device enables no ring once it runs, so all have to be spoken of before"
+        return f"{', '.join(f'ring {index}' for index in silent)} set up, but not enabled: SET_VRING_ENABLE{others}"
+
     def _may_start(self, ready: list[ClientRing]) -> bool:
         """Whether a ring is enabled; where none can be enabled later, every ready one must be, or be said not to be."""
         if not any(self._is_enabled(ring) for ring in ready):

@@ -37,6 +37,8 @@ _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONN
 """What can be wrong with accept today and right tomorrow: other devices and their clients share our limits."""
 _PAUSE = 0.1
 """Seconds before accept is tried again."""
+_SILENCE = 1.0
+"""Seconds after which a client whose rings cannot work yet is taken to have forgotten something."""
 
 
 class Server:
@@ -61,8 +63,7 @@ class Server:
         self._vdpa = vdpa
         self._relay = relay
         self._timeout = timeout
-        microseconds = max(1, int(timeout * 1e6))  # 0 would be no limit
-        self._send_limit = struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
+        self._send_limit = _time_limit(timeout)
         self._own_path = sock is None
         self._listener = sock if sock is not None else _listen(path)
         self._client: socket.socket | None = None
@@ -106,7 +107,7 @@ class Server:
         """From now on *client* is served; None: it is gone, and its device is closed."""
 
     def tell(self, level: int, name: str, why: str = "", **more: object) -> None:
-        """What happened to the client: ``refuse`` (no device could be opened), ``connect``, ``disconnect`` or ``drop``, and why; *more* when it ends."""
+        """What happened to the client: ``refuse`` (no device could be opened), ``connect``, ``wait``, ``disconnect`` or ``drop``, and why; *more* when it ends."""
         _log.log(level, "%s: %s: %s", self.path, name, why)
 
     def stop(self) -> None:
@@ -138,6 +139,7 @@ class Server:
         try:
             self.attend(client)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._send_limit)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _time_limit(_SILENCE))
             self.session = self._open()
             if self.session is not None:
                 self._until_end(client, self.session, receiver)
@@ -190,13 +192,17 @@ class Server:
             if receiver.partial and not _readable([client.fileno()], self._timeout):
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
             if session.event >= 0:
-                ready = _readable([client.fileno(), session.event])
+                sources = [client.fileno(), session.event]
+                ready = _readable(sources, _SILENCE) or self._silent(session, sources)
                 if session.event in ready:
                     session.on_event()
                 if client.fileno() not in ready:
                     continue
             try:
                 count, ancillary, got, _ = client.recvmsg_into(view, _ANCILLARY, flags)
+            except BlockingIOError:
+                self._silent(session, [client.fileno()])
+                continue
             except ConnectionResetError:
                 count, ancillary, got = 0, [], 0
             fds = _descriptors(ancillary) if ancillary else []
@@ -222,12 +228,25 @@ class Server:
             _send(client, replies)
 
 
+    def _silent(self, session: Session, sources: list[int]) -> set[int]:
+        """Nothing came for a while: tell what the client owes its rings, and wait on, which has no limit."""
+        if owed := session.waits_for:
+            self.tell(logging.WARNING, "wait", owed)
+        return _readable(sources)
+
+
 def _readable(fds: list[int], timeout: float | None = None) -> set[int]:
     """Which of *fds* can be read without waiting, after *timeout* seconds at most. With poll: select ends at descriptor 1023."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
+
+
+def _time_limit(seconds: float) -> bytes:
+    """A ``struct timeval`` for SO_SNDTIMEO and SO_RCVTIMEO, which take 0 for no limit."""
+    microseconds = max(1, int(seconds * 1e6))
+    return struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
 
 
 def _send(client: socket.socket, data: bytes) -> None:

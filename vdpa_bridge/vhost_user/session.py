@@ -53,6 +53,11 @@ class Session:
         """An eventfd to wait for beside the client's messages, -1 for none; ``on_event`` when it is readable."""
         return -1 if self._legacy is None else self._legacy.event
 
+    @property
+    def waits_for(self) -> str:
+        """What the client has to say before its rings can work, empty if nothing is known to be missing."""
+        return self._legacy.waits_for if self._legacy is not None else ""
+
     def on_event(self) -> None:
         """What the device has to say goes to the client."""
         if self._legacy is not None:
