@@ -14,8 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Home = Literal["vp_vdpa", "vhost-user", "legacy", "qemu-storage-daemon"]
-"""``vp_vdpa``: the kernel's driver for virtio-pci. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
+Home = Literal["vp_vdpa", "VDUSE", "vhost-user", "legacy", "qemu-storage-daemon"]
+"""``vp_vdpa``: the kernel's driver for virtio-pci. ``VDUSE``: a device of another process, by way of the kernel. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ ROWS: tuple[Difference, ...] = (
     Difference("vp_vdpa", "SET_VRING_BASE", "before FEATURES_OK", errno.EOPNOTSUPP, "virtio-pci has no register for it; only 0 is taken, once negotiated"),
     Difference("vp_vdpa", "SET_VRING_BASE", "not 0", errno.EOPNOTSUPP, "virtio-pci has no register for it"),
     Difference("vp_vdpa", "SET_VRING_ENABLE", "off", None, "virtio-pci forbids it: the device may ask for a reset (QEMU does)"),
+    Difference("VDUSE", "SET_FEATURES", "without ACCESS_PLATFORM", 0, "the kernel passes any set on; the daemon judges at FEATURES_OK"),
+    Difference("VDUSE", "GET_VRING_BASE", "before the device runs", None, "the daemon is asked, which is told of a base when the device starts"),
+    Difference("VDUSE", "SET_VRING_ENABLE", "off while the ring works", None, "the daemon is not told (Linux 6.12)"),
+    Difference("VDUSE", "SET_STATUS", "reset with requests under way", None, "qemu-storage-daemon ends: an assertion in its libvduse (QEMU 7.2)"),
     Difference("legacy", "IOTLB_UPDATE", "RO mapping of a read-only descriptor", errno.EACCES, "peers map every region for reading and writing"),
     Difference("legacy", "GET_VRING_BASE", "while the ring runs", errno.EBUSY, "the message stops the ring, which a question must not do"),
     Difference("qemu-storage-daemon", "SET_VRING_ENABLE", "off while the ring works", None, "libvhost-user serves a disabled ring (QEMU 7.2)"),

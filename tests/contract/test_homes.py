@@ -41,6 +41,8 @@ def test_capabilities_name_every_operation(probe: Probe) -> None:
     assert all(c.level in (NATIVE, EMULATED, ABSENT) for c in capabilities.values())
     assert all(c.note for c in capabilities.values() if c.level == ABSENT)
     assert probe.backend.name
+    assert set(probe.backend.traits) <= set(probe.home.traits)
+    assert set(probe.home.traits) - set(probe.backend.traits) <= {"qemu-storage-daemon"}, "a home that no back-end can tell"
     assert probe.backend.facts()["transport"]
 
 

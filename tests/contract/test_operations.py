@@ -113,8 +113,8 @@ def test_what_may_be_absent(probe: Probe) -> None:
     optional = {ops.GET_VRING_DESC_GROUP, ops.GET_VRING_SIZE}
     if "vp_vdpa" in probe.home.traits:
         optional |= {ops.SUSPEND, ops.RESUME, ops.GET_VRING_BASE, ops.GET_VRING_GROUP, ops.SET_GROUP_ASID}
-    if "qemu-storage-daemon" in probe.home.traits:
-        optional |= set()
+    if "VDUSE" in probe.home.traits:
+        optional |= {ops.SUSPEND, ops.RESUME, ops.GET_VRING_GROUP, ops.SET_GROUP_ASID}
     assert absent <= optional, f"{probe.home} lacks {absent - optional}"
 
 

@@ -27,6 +27,9 @@ from vdpa_bridge.models import make_model
 from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtio.ids import DeviceId, parse_device_id
 
+from .vduse import VduseDisk
+from .vduse import missing as vduse_missing
+
 TIMEOUT = 5.0
 """Seconds that a front-end waits for an answer."""
 DISK_SIZE = 8 << 20
@@ -172,6 +175,15 @@ def _kernel(name: str) -> Callable[[str], AbstractContextManager[Opener]]:
     return start
 
 
+@contextmanager
+def _vduse(kind: str) -> Iterator[Opener]:
+    """A daemon's disk by way of the kernel."""
+    with VduseDisk(DISK_SIZE, SERIAL) as disk:
+        node = disk.node
+        assert node is not None
+        yield lambda: VhostVdpa(node)
+
+
 def _bridged(name: str, vdpa: str) -> Callable[[str], AbstractContextManager[Opener]]:
     """A kernel device behind our own server."""
 
@@ -208,6 +220,7 @@ HOMES: list[Home] = [
     Home("qsd", "blk", _storage_daemon, ("vhost-user", "legacy", "qemu-storage-daemon"), "peers", _needs_storage_daemon),
     *_both("sim", _kernel("SIM"), (), "lab", needs=_needs_node("SIM")),
     *_both("vp", _kernel("VP"), ("vp_vdpa",), "lab", needs=_needs_node("VP")),
+    Home("vduse", "blk", _vduse, ("VDUSE",), "lab", lambda kind: vduse_missing()),
     Home("sim-bridged", "blk", _bridged("SIM", "require"), ("vhost-user",), "lab", _needs_node("SIM")),
     Home("sim-legacy", "net", _bridged("SIM", "off"), ("vhost-user", "legacy"), "lab", _needs_node("SIM")),
 ]

@@ -55,6 +55,18 @@ def reserved_regions(fd: int) -> list[tuple[int, int, str]]:
     return [region for region in found if region[2] != "direct-relaxable"]
 
 
+_DRIVERS = {"vp-vdpa": "vp_vdpa", "vduse": "VDUSE"}
+"""Homes of ``vdpa_bridge.differences``, by driver or class of the parent device."""
+
+
+def _traits(fd: int) -> tuple[str, ...]:
+    """Which home of the table of differences the open node is, as sysfs says."""
+    number = os.fstat(fd).st_rdev
+    parent = Path(f"/sys/dev/char/{os.major(number)}:{os.minor(number)}").resolve().parents[1]
+    names = [(parent / link).resolve().name for link in ("driver", "subsystem")]
+    return tuple(_DRIVERS[name] for name in names if name in _DRIVERS)
+
+
 class VhostVdpa(Backend):
     """One opening of /dev/vhost-vdpa-N. Takes over *fd* when one is given."""
 
@@ -71,6 +83,7 @@ class VhostVdpa(Backend):
             except OSError as error:
                 raise device_error(error.errno or 0, "open", path, _OPEN_HINTS.get(error.errno or 0, "")) from None
         self._fd = fd
+        self.traits = _traits(fd)
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """One ioctl, or one write for an IOTLB operation."""
