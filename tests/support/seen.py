@@ -11,12 +11,14 @@ import json
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KEPT = Path(__file__).parents[1] / "seen.jsonl"
+REPO = Path(__file__).resolve().parents[2]
+KEPT = REPO / "tests" / "seen.jsonl"
 HEADS = {
     "clients": ("client", "device", "served from", "seen working", "by"),
     "devices": ("driver", "device", "at home in", "seen working", "by"),
@@ -129,6 +131,16 @@ class Record:
         self.tests = {test: sights for test, sights in (self.tests | run.tests).items() if sights}
         names = {name for sights in self.tests.values() for sight in sights for name in (sight.who, sight.where)}
         self.versions = {name: version for name, version in (self.versions | run.versions).items() if name in names}
+
+    def gone(self) -> list[str]:
+        """Tests that are not there any more; those of the lab and of homes that are missing here are."""
+        files = sorted({test.partition("::")[0] for test in self.tests})
+        files = [file for file in files if (REPO / file).exists()]
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--every-home", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, cwd=REPO, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+        return sorted(set(self.tests) - set(done.stdout.splitlines()))
 
     def add(self, test: str, seen: Seen) -> None:
         """A test has passed."""
