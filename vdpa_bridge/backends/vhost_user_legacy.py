@@ -26,6 +26,7 @@ from ..flags import BackendFeature as B
 from ..flags import ProtocolFeature as P
 from ..memory import IotlbTable
 from ..ops import Op
+from ..quirks import CONTROL_QUEUE, CONTROLLED, STALE_RINGS, Offer, quirks_of
 from ..vhost_user import messages as m
 from ..vhost_user.backend_channel import FrontEnd
 from ..vhost_user.connection import Connection
@@ -88,9 +89,10 @@ class VhostUserLegacy(RuledBackend):
     def __init__(self, connection: Connection, features: int, protocol_offered: int, device_id: int | None, queue_size: int) -> None:
         super().__init__(connection.name)
         self._connection = connection
-        self._offered = features
         self._protocol_offered = protocol_offered
-        self._offers = protocol_offered
+        self._quirks = quirks_of(Offer(device_id, features, protocol_offered))
+        self._hidden = CONTROLLED if CONTROL_QUEUE in self._quirks else 0
+        self._offered = features & ~self._hidden
         self._protocol = protocol_offered & SPOKEN
         self._device_id = device_id
         self.queue_size = queue_size
@@ -128,7 +130,7 @@ class VhostUserLegacy(RuledBackend):
             raise RemoteProtocolError(f"{self.name}: {error}") from None
 
     def _barrier(self) -> None:
-        """A question: when its answer is there, the peer lived through everything before (libvhost-user acks even what kills it)."""
+        """A question: when its answer is there, the peer lived through everything before."""
         self._ask_u64(m.GET_FEATURES)
 
     # Waist -----------------------------------------------------------------------------------------------------------
@@ -153,6 +155,7 @@ class VhostUserLegacy(RuledBackend):
             "protocol features offered": f"{self._protocol_offered:#x}",
             "protocol features used": f"{self._protocol:#x}",
             "memory slots": self._slots,
+            **({"quirks": ", ".join(sorted(quirk.name for quirk in self._quirks))} if self._quirks else {}),
         }
 
     def close(self) -> None:
@@ -182,7 +185,7 @@ class VhostUserLegacy(RuledBackend):
         self._tell(m.SET_OWNER)
 
     def _get_features(self, request: Empty) -> U64:
-        return U64(self._ask_u64(m.GET_FEATURES) & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM)
+        return U64(self._ask_u64(m.GET_FEATURES) & ~(VHOST_ONLY_FEATURES | self._hidden) | Feature.ACCESS_PLATFORM)
 
     def _on_features(self, features: int) -> None:
         accepted = features & self._offered & ~(Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES)
@@ -220,6 +223,8 @@ class VhostUserLegacy(RuledBackend):
     # Configuration space -------------------------------------------------------------------------------------------------
 
     def _config_bytes(self) -> int:
+        if not self._protocol & P.CONFIG:
+            return 0
         if self._device_id is None:
             raise refuse(errno.EOPNOTSUPP, f"the size follows from the device type; {_SAY_TYPE}")
         size = config_size(self._device_id)
@@ -232,7 +237,7 @@ class VhostUserLegacy(RuledBackend):
             raise refuse(errno.EOPNOTSUPP, "the peer does not offer CONFIG")
 
     def _read_config(self, offset: int, length: int) -> bytes:
-        """From 0 and cut: libvhost-user and DPDK ignore the offset (QEMU 10.0, DPDK 22.11)."""
+        """From 0 and cut, as peers ignore the offset."""
         self._need_config()
         end = offset + length
         if end > m.MAX_CONFIG:
@@ -464,7 +469,7 @@ class VhostUserLegacy(RuledBackend):
     def _park(self, removed: list[_Region]) -> None:
         """Move stopped rings to memory that stays, before theirs goes: libvhost-user (QEMU 7.2 to 10.0) hangs up otherwise,
         as it looks all rings up again with every change of memory, those that are stopped too."""
-        if self._offers & (P.VDPA | P.GPA_ADDRESSES):
+        if STALE_RINGS not in self._quirks:
             return  # no libvhost-user of that age; and the hardware behind such a server may not reach as far as the parking
         gone = [r.region for r in removed if r.sent]
         left = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .base import Driver
 from .blk import BlkDriver, BlkInfo, BlkRequest
 from .console import ConsoleDriver
+from .fs import FsDriver
 from .generic import GenericDriver
 from .input import InputDriver
 from .net import NetDriver
@@ -19,6 +20,7 @@ __all__ = [
     "BlkRequest",
     "ConsoleDriver",
     "Driver",
+    "FsDriver",
     "GenericDriver",
     "InputDriver",
     "NetDriver",
