@@ -32,7 +32,7 @@ from vdpa_bridge.models import Model, make_model
 from vdpa_bridge.ops import Op
 from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtio.ids import DeviceId
-from vdpa_bridge.wire import EMPTY, IotlbUpdate, Iova, IovaRange, VringState
+from vdpa_bridge.wire import EMPTY, U64, IotlbUpdate, Iova, IovaRange, VringState
 
 from ..support.bridge import REFUSED, run_client, start_client
 from ..support.homes import OPTIONS, connector, socket_path
@@ -162,6 +162,16 @@ def test_client_killed_behind_a_relay(path: str, caplog: pytest.LogCaptureFixtur
     run_client(path, "--requests", 50, "--memory-at", FAR)
 
 
+def test_server_knows_why() -> None:
+    with limited() as hardware, socket_path() as path, Server(hardware.open, path) as server:
+        with Device(connector(path, "blk", "off")()) as device, BlkDriver(device, ring_features=Feature.RING_PACKED):
+            assert server.session is not None
+            assert "packed rings" in server.session.relayed
+        with Device(connector(path, "blk", "off")()) as device, BlkDriver(device):
+            assert server.session is not None
+            assert server.session.relayed == ""
+
+
 def test_network_with_hardware_limits(caplog: pytest.LogCaptureFixture) -> None:
     """All three queues; receive buffers that the device keeps are taken back when the rings are stopped, and given again."""
     caplog.set_level(logging.INFO, "vdpa_bridge")
@@ -274,6 +284,19 @@ def test_device_that_refuses_features_is_seen_to() -> None:
             BlkDriver(Device(backend))
 
 
+def test_client_that_says_driver_ok_alone() -> None:
+    """The device behind agrees on its features all the same."""
+    with altered() as (behind, backend):
+        device = Device(backend)
+        device.own()
+        begun = Status.ACKNOWLEDGE | Status.DRIVER
+        device.set_status(begun)
+        backend.call(ops.SET_FEATURES, U64(Feature.VERSION_1 | Feature.ACCESS_PLATFORM))
+        device.set_status(begun | Status.DRIVER_OK)
+        assert behind.call(ops.GET_STATUS, EMPTY).value == begun | Status.FEATURES_OK | Status.DRIVER_OK
+        assert device.get_status() == begun | Status.DRIVER_OK
+
+
 def test_features_that_a_relay_does_not_keep_are_not_offered() -> None:
     for feature in (Feature.IN_ORDER, Feature.NOTIFICATION_DATA, Feature.RING_RESET, Feature.SR_IOV, 1 << 41):
         assert not carried(feature | Feature.VERSION_1) & feature
@@ -374,3 +397,8 @@ def test_room_of_a_narrow_device() -> None:
         room.take(0x1000)
     room.give(Iova((1 << 40) + 0x1000), 0x1000)
     assert room.take(0x1000) == (1 << 40) + 0x1000
+
+
+def test_room_of_a_wide_device_is_off_the_windows_of_platforms() -> None:
+    assert Room(IovaRange(Iova(0), Iova(LAST))).take(4096) == 1 << 32
+    assert Room(IovaRange(Iova(0), Iova((1 << 64) - 1))).take(1 << 40) == 1 << 32

@@ -19,8 +19,10 @@ from ..memory import INTERRUPTS, PAGE, IotlbTable, Region, SharedMapping
 from ..virtqueue import IovaMap
 from ..wire import IotlbInvalidate, IotlbUpdate, Iova, IovaRange
 
+_HIGH, _WIDE = 1 << 32, 1 << 36
+"""Where places begin if the device reaches that far, and how far: below, platforms keep addresses for themselves."""
 _LOW = 1 << 20
-"""Where places begin: 0 means nothing to some devices."""
+"""Where they begin otherwise: 0 means nothing to some devices."""
 _HUGE = 2 << 20
 """The granule for large mappings, which IOMMUs map in one piece then."""
 
@@ -29,7 +31,7 @@ class Room:
     """The addresses that a device can reach, but for what is taken."""
 
     def __init__(self, limits: IovaRange) -> None:
-        self._first, self._last = max(limits.first, _LOW), limits.last
+        self._first, self._last = max(limits.first, _HIGH if limits.last >= _WIDE else _LOW), limits.last
         self._taken = [INTERRUPTS]
 
     def take(self, size: int) -> Iova:
