@@ -38,7 +38,7 @@ def hardware(vp_blk: Bridge) -> Iterator[Bridge]:
 
 def relays(bridge: Bridge, before: str = "") -> list[str]:
     """What the log said of relays since."""
-    return [line for line in bridge.said()[len(before) :].splitlines() if ": relay: " in line]
+    return [line for line in bridge.said()[len(before) :].splitlines() if "relayed from now on" in line]
 
 
 @pytest.mark.parametrize("options", [(), ("--mem-table",), ("--turns", 3, "--keep-index"), ("--depth", 32, "--bytes", 65536)], ids=["slots", "table", "turns", "deep"])

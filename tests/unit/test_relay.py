@@ -61,7 +61,7 @@ def path(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
 
 def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Why there was a relay, each time."""
-    return [record.getMessage() for record in caplog.records if ": relay: " in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "relayed from now on" in record.getMessage()]
 
 
 # When it comes in ----------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ class LifeCycle:
         self._backend.call(ops.IOTLB_INVALIDATE, IotlbInvalidate(Iova(0), U64_MAX))
         self._backend, self.relayed = RelayBackend(self._device, why), why
         self._owned = self._mapped = False
-        _log.warning("%s: relay: %s", self._device.name, why, extra={"event": "relay"})
+        _log.warning("requests are relayed from now on: %s", why, extra={"event": "relay"})
         self._watch_config()
 
     def _watch_config(self) -> None:
