@@ -13,24 +13,24 @@ VHOST = 0xAF
 IOC_WRITE, IOC_READ = 1, 2
 
 
-def io(nr: int) -> int:
+def io(nr: int, kind: int = VHOST) -> int:
     """``_IO``: no argument."""
-    return int(ioctl_opt.IO(VHOST, nr))
+    return int(ioctl_opt.IO(kind, nr))
 
 
-def ior(nr: int, layout: struct.Struct) -> int:
+def ior(nr: int, layout: struct.Struct, kind: int = VHOST) -> int:
     """``_IOR``: the kernel writes the argument."""
-    return int(ioctl_opt.IOR(VHOST, nr, layout))
+    return int(ioctl_opt.IOR(kind, nr, layout))
 
 
-def iow(nr: int, layout: struct.Struct) -> int:
+def iow(nr: int, layout: struct.Struct, kind: int = VHOST) -> int:
     """``_IOW``: the kernel reads the argument."""
-    return int(ioctl_opt.IOW(VHOST, nr, layout))
+    return int(ioctl_opt.IOW(kind, nr, layout))
 
 
-def iowr(nr: int, layout: struct.Struct) -> int:
+def iowr(nr: int, layout: struct.Struct, kind: int = VHOST) -> int:
     """``_IOWR``: both."""
-    return int(ioctl_opt.IOWR(VHOST, nr, layout))
+    return int(ioctl_opt.IOWR(kind, nr, layout))
 
 
 def direction(number: int) -> int:

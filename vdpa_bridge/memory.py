@@ -31,6 +31,9 @@ INTERRUPTS = 0xFEE00000, 0xFEEFFFFF
 MAX_MAPPINGS = 8192
 """Mappings in one address space: far more than a VMM makes, far less than a process can hold (vm.max_map_count)."""
 
+VDUSE_DOMAIN = "anon_inode:[vduse-domain]"
+"""The memory that the kernel's virtio drivers share with a VDUSE device: the one kind of file that has no size (vduse_dev.c)."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
@@ -43,6 +46,14 @@ def _grain(block: int) -> int:
     return block if block > PAGE and not block & (block - 1) else PAGE
 
 
+def check_room(fd: int, end: int) -> os.stat_result:
+    """What *fd* is; OSError EINVAL when it does not hold *end* bytes. The rest of its last page is there too, as zeroes."""
+    status = os.fstat(fd)
+    if end > -(-status.st_size // PAGE) * PAGE and os.readlink(f"/proc/self/fd/{fd}") != VDUSE_DOMAIN:
+        raise OSError(errno.EINVAL, f"the descriptor holds {status.st_size:#x} bytes of memory, the mapping needs {end:#x}: is it a memfd, and large enough?")
+    return status
+
+
 class SharedMapping:
     """*size* bytes of *fd* from *offset* on, mapped MAP_SHARED into this process. Does not keep the descriptor.
 
@@ -51,10 +62,7 @@ class SharedMapping:
     """
 
     def __init__(self, fd: int, size: int, offset: int = 0, perm: int = RW) -> None:
-        status = os.fstat(fd)
-        length = status.st_size
-        if offset + size > -(-length // PAGE) * PAGE:  # the rest of the last page is there, too, and is zeroes
-            raise OSError(errno.EINVAL, f"the descriptor holds {length:#x} bytes of memory, the mapping needs {offset + size:#x}: is it a memfd, and large enough?")
+        status = check_room(fd, offset + size)
         prot = mmap.PROT_READ if perm == RO else mmap.PROT_READ | mmap.PROT_WRITE
         grain = _grain(status.st_blksize)
         head = offset % grain

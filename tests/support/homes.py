@@ -140,12 +140,12 @@ def _process(kind: str) -> Iterator[Opener]:
 
 
 @contextmanager
-def _storage_daemon(kind: str) -> Iterator[Opener]:
-    """QEMU's vhost-user-blk: the legacy front-end against somebody else's back-end."""
+def storage_daemon(size: int = DISK_SIZE) -> Iterator[str]:
+    """The socket of qemu-storage-daemon with an empty disk of *size* bytes."""
     with tempfile.TemporaryDirectory(prefix="vb") as directory:
         image = Path(directory, "disk")
         with image.open("wb") as file:
-            file.truncate(DISK_SIZE)
+            file.truncate(size)
         path = f"{directory}/s"
         pid_file = Path(directory, "pid")
         command = [
@@ -156,10 +156,17 @@ def _storage_daemon(kind: str) -> Iterator[Opener]:
         ]
         subprocess.run(command, check=True, timeout=20)
         try:
-            yield connector(path, kind, "off")
+            yield path
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid_file.read_text()), 15)
+
+
+@contextmanager
+def _storage_daemon(kind: str) -> Iterator[Opener]:
+    """QEMU's vhost-user-blk: the legacy front-end against somebody else's back-end."""
+    with storage_daemon() as path:
+        yield connector(path, kind, "off")
 
 
 def _node_variable(name: str) -> Callable[[str], str]:

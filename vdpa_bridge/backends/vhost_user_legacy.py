@@ -24,7 +24,7 @@ from ..eventfd import EventFd
 from ..flags import VHOST_ONLY_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES, Feature, Status
 from ..flags import BackendFeature as B
 from ..flags import ProtocolFeature as P
-from ..memory import IotlbTable
+from ..memory import IotlbTable, check_room
 from ..ops import Op
 from ..quirks import CONTROL_QUEUE, CONTROLLED, STALE_RINGS, Offer, quirks_of
 from ..vhost_user import messages as m
@@ -401,8 +401,7 @@ class VhostUserLegacy(RuledBackend):
     def _iotlb_update(self, request: IotlbUpdate) -> None:
         request = self._for_memory(request)
         self._table.check(request)
-        if os.fstat(request.fd).st_size < request.offset + request.size:
-            raise refuse(errno.EINVAL, f"the descriptor holds {os.fstat(request.fd).st_size:#x} bytes, the mapping needs {request.offset + request.size:#x}")
+        check_room(request.fd, request.offset + request.size)
         if fcntl.fcntl(request.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise refuse(errno.EACCES, "peers map every region for reading and writing, this descriptor does not allow both")
         if len(self._table) >= self._slots:
