@@ -118,7 +118,10 @@ def test_drivers_change_hands_and_back(net: str) -> None:
 def test_a_function_goes_to_vp_vdpa_and_back() -> None:
     name, node = device_name("VP_BLK"), os.environ["VDPA_VP_BLK"]
     handle = iproute("dev", "show", name)["dev"][name]["mgmtdev"]
+    with holding(node) as pid:
+        assert f"(pid {pid})" in fails("mgmt", "bind", handle, "virtio-pci")
     done("mgmt", "dev", "del", name)
+    assert "does not take it" in fails("mgmt", "bind", handle, "pcieport")  # and vp-vdpa has it again
     assert next(entry for entry in told("list") if entry["name"] == handle)["command"] == f"vdpa-bridge mgmt dev add name NAME mgmtdev {handle}"
     assert told("mgmt", "bind", handle, "virtio-pci")["before"] == "vp-vdpa"
     assert next(entry for entry in told("list") if entry["name"] == handle)["command"] == f"vdpa-bridge mgmt bind {handle} vp-vdpa"

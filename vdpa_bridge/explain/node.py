@@ -16,7 +16,7 @@ from ..errors import reason
 from ..system.management import Management
 from ..system.modules import can_load, is_loaded
 from ..system.permission import how_to_grant, who_may
-from ..system.processes import named, open_files
+from ..system.processes import HIDDEN, named, open_files
 from ..system.vdpa_bus import SYSFS, BusDevice, bus_device, bus_devices
 from .causes import (
     BUSY,
@@ -138,8 +138,8 @@ class NodeExamination(Examination):
             self.open()
         except OSError as error:
             if error.errno == errno.EBUSY:
-                holders = named(open_files().of(node))
-                raise Problem(BUSY, f"{node} is open in {holders or 'a process that is hidden from us'}", holder=holders or "it, as root sees it") from None
+                holders = named(open_files().of(node) or [HIDDEN])
+                raise Problem(BUSY, f"{node} is open in {holders}", holder=holders) from None
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise Problem(PERMISSION, reason(error), f"allow the device in this container: --device {node}") from None
             if error.errno == ENOTSUPP:

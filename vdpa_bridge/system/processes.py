@@ -21,7 +21,11 @@ class Process:
     program: str
 
     def __str__(self) -> str:
-        return f"{self.program} (pid {self.pid})"
+        return f"{self.program} (pid {self.pid})" if self.pid else self.program
+
+
+HIDDEN = Process(0, "a process of another user")
+"""Stands for one that must be there and cannot be seen."""
 
 
 def program_name(pid: int) -> str:

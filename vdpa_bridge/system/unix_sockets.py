@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from .processes import OpenFiles, Process
+from .processes import HIDDEN, OpenFiles, Process
 
 _ACCEPTS = 0x10000
 _CONNECTED = 3
@@ -60,7 +60,7 @@ def _absolute(path: str, owners: tuple[Process, ...]) -> str:
 
 
 def clients_of(path: str, files: OpenFiles) -> list[Process] | None:
-    """The processes connected to the socket at *path*; None when the kernel does not say (no unix_diag)."""
+    """The processes connected to the socket at *path*, HIDDEN for those that cannot be seen; None when the kernel does not say (no unix_diag)."""
     from pyroute2.netlink.diag import UDIAG_SHOW_PEER, UDIAG_SHOW_VFS, DiagSocket
     from pyroute2.netlink.exceptions import NetlinkError
 
@@ -72,4 +72,4 @@ def clients_of(path: str, files: OpenFiles) -> list[Process] | None:
     except (NetlinkError, OSError):
         return None
     peers = [s.get_attr("UNIX_DIAG_PEER") for s in sockets if (file := s.get_attr("UNIX_DIAG_VFS")) and file["udiag_vfs_ino"] == inode & 0xFFFFFFFF]
-    return [process for peer in peers if peer for process in files.of_socket(peer)]
+    return [process for peer in peers if peer for process in files.of_socket(peer) or [HIDDEN]]

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import device_error
-from .processes import named, open_files
+from .processes import HIDDEN, named, open_files
 
 SYSFS = Path("/sys")
+_NAME = re.compile(r"\w[\w.:-]*")
+"""Of a device; nothing that leads elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def bus_devices() -> list[BusDevice]:
 
 def bus_device(name: str) -> BusDevice | None:
     """The one of that name."""
-    return _look(name) if re.fullmatch(r"[\w.:-]+", name) and name not in (".", "..") else None
+    return _look(name) if _NAME.fullmatch(name) else None
 
 
 def _look(name: str) -> BusDevice | None:
@@ -78,9 +80,9 @@ def refuse_if_open(device: BusDevice, what: str) -> None:
         os.close(os.open(device.node, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
         if error.errno == errno.EBUSY:
-            holders = open_files().of(device.node)
-            who = f"{named(holders)} has it open" if holders else "a process that is hidden from us has it open"
-            raise device_error(errno.EBUSY, what, f"{device.name} ({device.node})", f"{who}; end it first, as the kernel would wait for it") from None
+            who = named(open_files().of(device.node) or [HIDDEN])
+            why = f"{who} has it open; end it first, as the kernel would wait for it"
+            raise device_error(errno.EBUSY, what, f"{device.name} ({device.node})", why) from None
 
 
 def bind(handle: str, driver: str) -> str:
@@ -93,7 +95,7 @@ def bind(handle: str, driver: str) -> str:
     bus = bus or "vdpa"
     what = f"bind to {driver}"
     path, drivers = SYSFS / "bus" / bus / "devices" / name, SYSFS / "bus" / bus / "drivers"
-    if not re.fullmatch(r"\w+", bus) or not re.fullmatch(r"[\w.:-]+", name) or not path.is_dir():
+    if not re.fullmatch(r"\w+", bus) or not _NAME.fullmatch(name) or not path.is_dir():
         raise device_error(errno.ENODEV, what, handle, "vdpa-bridge list shows the devices there are")
     if not re.fullmatch(r"[\w-]+", driver) or not (drivers / driver).is_dir():
         there = ", ".join(sorted(p.name for p in drivers.iterdir() if p.name.endswith(("vdpa", "virtio-pci"))))
@@ -101,8 +103,8 @@ def bind(handle: str, driver: str) -> str:
     before = driver_of(path)
     if before == driver:
         return before
-    if bus == "vdpa" and (device := bus_device(name)) is not None:
-        refuse_if_open(device, what)
+    for device in filter(None, map(bus_device, [name] if bus == "vdpa" else os.listdir(path))):
+        refuse_if_open(device, what)  # a function's devices go with it
     try:
         if (path / "driver_override").exists():
             (path / "driver_override").write_text(driver)
