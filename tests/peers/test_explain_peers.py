@@ -24,7 +24,7 @@ PATIENCE = 20.0
 
 def needs(program: str) -> str:
     if not shutil.which(program):
-        pytest.skip(f"needs {program}: run tools/setup peers")
+        pytest.skip(f"needs {program}: run tools/setup peers dpdk")
     return program
 
 
@@ -85,3 +85,18 @@ def test_another_protocol(short_dir: Path) -> None:
         assert (entry["target"], entry["device"]) == (f"vhost-user:{disk}?type=blk", "block")
         assert entry["by"] == f"qemu-storage-daemon (pid {process.pid})"
         assert entry["state"] == "0 clients; vhost-user, legacy mode"
+
+
+def test_a_back_end_without_configuration_space(short_dir: Path) -> None:
+    """DPDK's network back-end has none, and needs none; taken for a disk it is too old."""
+    testpmd, path = needs("dpdk-testpmd"), short_dir / "s"
+    command = [testpmd, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf", "--vdev", f"net_vhost0,iface={path}"]
+    command += ["--", "--nb-cores=1", "--auto-start", "--stats-period=1", "--total-num-mbufs=2048"]
+    with running(*command) as process:
+        until("the socket", path.exists, process)
+        assert explain(f"vhost-user:{path}?type=net")[0] is None
+        cause, found = explain(f"vhost-user:{path}?type=blk")
+        assert cause == "too-old"
+        assert "does not offer CONFIG" in found["checks"][-1]["says"]
+        (entry,) = [entry for entry in told("list") if entry["name"] == str(path)]
+        assert (entry["device"], entry["target"]) == ("net", f"vhost-user:{path}?type=net")

@@ -48,7 +48,7 @@ MEMLOCK = Cause(
 IOVA_RANGE = Cause("iova-range", 21, "the device cannot address as much memory", "give it at most {size} bytes, within {first} to {last}")
 FEATURE_WITHHELD = Cause("feature-withheld", 22, "the device does not offer a feature that is wanted", "vdpa-bridge mgmt dev del {name}; vdpa-bridge mgmt dev add name {name} mgmtdev {mgmtdev} device_features {bits}")
 MEMORY_NOT_SHARED = Cause("memory-not-shared", 23, "a client keeps its memory to itself, so that no back-end can reach it", "start the client with memory that it shares (QEMU: -object memory-backend-memfd,...,share=on)")
-TOO_OLD = Cause("too-old", 24, "the back-end, or the kernel, lacks an operation that the device's driver needs", "use a newer back-end, or kernel: {operation} is what the driver needs")
+TOO_OLD = Cause("too-old", 24, "the back-end, or the kernel, lacks an operation that the device's driver needs", "is ?type= right? else use a newer back-end, or kernel: {operation} is what the driver needs")
 NO_VDPA_MODE = Cause("no-vdpa-mode", 25, "vDPA mode is required and not offered", "say vdpa=prefer instead of vdpa=require, or update the back-end")
 NO_SOCKET = Cause("no-socket", 30, "nothing has made the socket", "start the back-end, or vdpa-bridge list to see what listens")
 NOT_A_SOCKET = Cause("not-a-socket", 31, "there is something else at that path, or a socket of another type", "vdpa-bridge list")
