@@ -224,6 +224,15 @@ def test_a_good_back_end_is_good(path: Path, query: str) -> None:
         assert next(check for check in found["checks"] if check["verdict"] == "unknown")["type"].startswith("add ?type=blk")
 
 
+def test_names_of_others_cannot_command_shell_or_terminal(path: Path) -> None:
+    odd = path.with_name("vhost\x1b[31m; true")
+    with listening(odd):
+        line = next(line for line in bridge("list").stdout.splitlines() if "; true" in line)
+        assert "\x1b" not in line
+        assert f"'vhost-user:{path.parent}/vhost?[31m; true'" in " ".join(line.split())
+        assert any(entry["name"] == str(odd) for entry in _list())
+
+
 def _list(*options: str) -> list[dict[str, str]]:
     import json
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -52,10 +53,11 @@ def _probed(found: Found, trace: Trace) -> Found:
 
 
 def _print(found: list[Found]) -> None:
+    from ..system.processes import printable
     from .term import print_table
 
     if not found:
         click.echo("no vDPA device, no virtio PCI function, no VDUSE device, no back-end's socket; a model needs none: vdpa-bridge show model:net")
         return
-    rows = [[entry.kind, entry.name, entry.device or "?", entry.by, entry.state, entry.target or entry.command or "-"] for entry in found]
-    print_table(["kind", "name", "device", "by", "state", "type"], rows, wrap=(3, 4, 5))
+    rows = [[e.kind, e.name, e.device or "?", e.by, e.state, shlex.quote(e.target) if e.target else e.command or "-"] for e in found]
+    print_table(["kind", "name", "device", "by", "state", "type"], [[printable(cell) for cell in row] for row in rows], wrap=(3, 4, 5))

@@ -145,7 +145,8 @@ class NodeExamination(Examination):
             if error.errno == ENOTSUPP:
                 raise Problem(NO_IOMMU, reason(error)) from None
             if error.errno == errno.EIO:
-                raise Problem(STUCK, reason(error), name=self._name or "NAME") from None
+                device = self._on_bus()
+                raise Problem(STUCK, reason(error), name=device.name if device is not None else "NAME") from None
             raise
         return "nobody else has it open"
 

@@ -171,7 +171,8 @@ def _sockets(files: OpenFiles, everything: bool) -> Iterator[Found]:
             if not os.access(listening.path, os.W_OK):
                 clients += ", no permission" if os.path.exists(listening.path) else ", its file is gone"
             target = f"vhost-user:{listening.path}" + (f"?type={kind}" if kind else "")
-            yield Found("socket", listening.path, kind, by, clients, target, "", {"clients": listening.clients, "ends_with_client": fragile})
+            device = device_name(parse_device_id(kind)) if kind else ""
+            yield Found("socket", listening.path, device, by, clients, target, "", {"clients": listening.clients, "ends_with_client": fragile})
 
 
 def _backend(listening: Listening) -> tuple[bool, str, bool]:

@@ -37,7 +37,12 @@ def program_name(pid: int) -> str:
     except OSError:
         return "?"
     name = os.path.basename(words[0])
-    return (name.startswith(_INTERPRETERS) and _script(words[1:])) or name
+    return printable((name.startswith(_INTERPRETERS) and _script(words[1:])) or name)
+
+
+def printable(text: str) -> str:
+    """*text*, which somebody else chose, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _script(words: list[str]) -> str:
