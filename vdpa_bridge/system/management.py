@@ -86,6 +86,7 @@ _HINTS = {
     (DEV_NEW, errno.EINVAL): "a VDUSE device must have been made by its daemon before; features must be within dev_features of mgmtdev show",
     (DEV_NEW, errno.EOPNOTSUPP): "this mgmtdev does not take one of the options",
     (DEV_ATTR_SET, errno.EOPNOTSUPP): "this kernel or the device's driver cannot change that; dev del and dev add can",
+    (DEV_CONFIG_GET, errno.EOPNOTSUPP): "the kernel takes apart what NICs and disks have; vdpa-bridge show vdpa:NAME asks the device itself",
     (DEV_VSTATS_GET, errno.EOPNOTSUPP): "the device's driver has no statistics",
     (DEV_VSTATS_GET, errno.EAGAIN): "a driver must have set FEATURES_OK before",
 }
@@ -173,8 +174,20 @@ class Management:
         return found
 
     def config(self, name: str = "") -> dict[str, dict[str, Any]]:
-        """The configuration space of each, as far as the kernel takes it apart."""
-        return {message.get_attr("VDPA_ATTR_DEV_NAME"): _config(message) for message in self._ask(DEV_CONFIG_GET, name)}
+        """The configuration space of a device, or of each, as far as the kernel takes it apart.
+
+        Each is asked for by itself: Linux 6.12 ends a dump at the first device that is neither NIC nor disk.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for each in [name] if name else self.devices():
+            try:
+                (message,) = self._ask(DEV_CONFIG_GET, each)
+                found[each] = _config(message)
+            except OSError as error:
+                if name or error.errno != errno.EOPNOTSUPP:
+                    raise
+                found[each] = {}
+        return found
 
     def vstats(self, name: str, index: int) -> dict[str, Any]:
         """What the device's driver counts for a queue."""
