@@ -227,7 +227,6 @@ class Server:
                 raise
             _send(client, replies)
 
-
     def _silent(self, session: Session, sources: list[int]) -> set[int]:
         """Nothing came for a while: tell what the client owes its rings, and wait on, which has no limit."""
         if owed := session.waits_for:
