@@ -71,16 +71,21 @@ cdef extern from "virtqueue.h" nogil:
     struct vq_used:
         uint32_t written
         uint16_t head
+    struct vq_miss:
+        uint64_t iova
+        uint32_t perm
     struct vq_device_config:
         const iova_map *map
         uint64_t desc, avail, used
         uint32_t num, base
-        bint event_idx, indirect, packed
+        bint event_idx, indirect, packed, wait
     struct vq_device:
         vq_device_config config
         uint16_t used_idx
         uint32_t in_flight
+        uint32_t missing
         vq_fault fault
+        vq_miss *misses
     int vq_device_init(vq_device *vq, const vq_device_config *config)
     void vq_device_destroy(vq_device *vq)
     uint32_t vq_device_base(const vq_device *vq)
@@ -88,6 +93,8 @@ cdef extern from "virtqueue.h" nogil:
     int vq_device_push(vq_device *vq, const vq_used *done, size_t count)
     int vq_device_enable_kick(vq_device *vq)
     void vq_device_disable_kick(vq_device *vq)
+    size_t vq_device_misses(vq_device *vq)
+    void vq_device_refuse(vq_device *vq, uint64_t iova)
 
     struct vq_layout_t "vq_layout":
         uint64_t desc, avail, used, tables, size

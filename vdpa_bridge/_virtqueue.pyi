@@ -111,6 +111,7 @@ class DeviceQueue:
         event_idx: bool = False,
         indirect: bool = True,
         packed: bool = False,
+        wait: bool = False,
     ) -> Self:
         """`num` entries (at most 32768; a power of 2 unless `packed`), the IOVAs of the three areas, and where to start.
 
@@ -118,11 +119,12 @@ class DeviceQueue:
         structures. `base` is what SET_VRING_BASE carries: the available index, by default 0; for a packed ring the last
         available index in bits 0-14 and its wrap counter in bit 15, the last used ones in bits 16-30 and 31, by default
         0x80008000 (both indices 0, both counters 1).
+        `wait`: memory that is not mapped does not break the queue, but makes it wait; see `misses`.
         ValueError: num, base or alignment (16, 2 and 4 bytes; packed 16, 4 and 4) is wrong. OSError(EFAULT): an area is not
         mapped in one piece with the permission it needs (a packed ring's descriptors: both).
         """
     def pop_many(self, limit: int = 64) -> list[Chain]:
-        """Take up to `limit` chains the driver made available, in ring order; an empty list when there is none.
+        """Take up to `limit` chains the driver made available, in ring order; an empty list when there is none, or it has to wait.
 
         When the ring turns out broken, chains before the fault are still returned; the next call raises OSError(EPROTO).
         """
@@ -130,11 +132,22 @@ class DeviceQueue:
         """Hand chains back, each with the bytes written to its writable part, all visible at once. True: a call is due.
 
         ValueError, before anything is pushed: a chain of another queue, one handed back already, or more bytes than writable.
+        BlockingIOError: the ring itself waits for a mapping; nothing was pushed, do it again when it is there.
         """
     def enable_kick(self) -> bool:
         """Ask to be kicked for the next chain. True: chains are waiting already, so pop again before sleeping."""
     def disable_kick(self) -> None:
         """Tell the driver that kicks are not needed (a hint: some may still come)."""
+    @property
+    def waits(self) -> bool:
+        """Whether the last call found memory missing; `misses` looks again."""
+    def misses(self) -> list[tuple[int, int]]:
+        """What is missing still, as (iova, permission), at most 64 at a time; empty when it is worth calling again.
+
+        Only of a queue made with `wait`: the ring's areas, or the indirect table or buffers of the next chain.
+        """
+    def refuse(self, iova: int) -> None:
+        """There will be no mapping for a miss: break the queue."""
     @property
     def num(self) -> int: ...
     @property

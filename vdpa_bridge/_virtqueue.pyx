@@ -10,7 +10,7 @@ fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_v
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO
+from libc.errno cimport EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -199,14 +199,14 @@ cdef uint64_t rest(uint64_t size, uint64_t offset, object length) except? 0:
 cdef class DeviceQueue:
     def __cinit__(
         self, IovaMap memory not None, object num, uint64_t desc, uint64_t avail, uint64_t used,
-        *, object base=None, bint event_idx=False, bint indirect=True, bint packed=False,
+        *, object base=None, bint event_idx=False, bint indirect=True, bint packed=False, bint wait=False,
     ):
         cdef vq_device_config config
         cdef uint32_t entries = checked_num(num, packed)
         cdef int error
         config.map, config.num, config.base = &memory.map, entries, checked_base(entries, base, packed)
         config.desc, config.avail, config.used = desc, avail, used
-        config.event_idx, config.indirect, config.packed = event_idx, indirect, packed
+        config.event_idx, config.indirect, config.packed, config.wait = event_idx, indirect, packed, wait
         self.memory = memory
         self.done = <vq_used *> malloc(entries * sizeof(vq_used))
         self.pieces.capacity = PIECES + entries
@@ -265,13 +265,28 @@ cdef class DeviceQueue:
             for chain in taken:
                 chain.live = True
             raise
-        return answer(vq_device_push(&self.vq, self.done, count), &self.vq.fault)
+        cdef int due = vq_device_push(&self.vq, self.done, count)
+        if due == -EAGAIN:
+            for chain in taken:
+                chain.live = True
+            raise BlockingIOError(EAGAIN, "the ring waits for a mapping")
+        return answer(due, &self.vq.fault)
 
     def enable_kick(self):
         return answer(vq_device_enable_kick(&self.vq), &self.vq.fault)
 
     def disable_kick(self):
         vq_device_disable_kick(&self.vq)
+
+    @property
+    def waits(self):
+        return self.vq.missing != 0
+
+    def misses(self):
+        return [(self.vq.misses[i].iova, self.vq.misses[i].perm) for i in range(vq_device_misses(&self.vq))]
+
+    def refuse(self, uint64_t iova):
+        vq_device_refuse(&self.vq, iova)
 
     @property
     def num(self):

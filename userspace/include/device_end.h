@@ -13,11 +13,15 @@
 #include "guard.h"
 #include "virtqueue.h"
 
-/* Looks the three areas up; false with the IOVA in the fault when one is not there. */
+/* Looks the three areas up; false with the IOVA in the fault, or among the misses, when one is not there. */
 bool device_look_up(struct vq_device *vq);
 
 /* Copies an indirect table, so that it is read once whatever the driver does to it meanwhile. */
 bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, uint32_t length);
+
+/* Memory is not there: a miss in a queue that waits, when it can be mapped at all, else a fault and false. */
+__attribute__((cold)) bool device_miss(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t iova,
+				       uint64_t length, uint32_t perm);
 
 /* The packed format of the calls in virtqueue.h. */
 size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces);
@@ -39,6 +43,12 @@ static inline bool device_usable(struct vq_device *vq)
 	return vq->generation == vq->config.map->generation || device_look_up(vq);
 }
 
+/* The answer of a call on a queue that is not usable: `waiting` when only a mapping is missing. */
+static inline int device_unusable(const struct vq_device *vq, int waiting)
+{
+	return vq->fault.code == VQ_OK ? waiting : -EPROTO;
+}
+
 /* After a batch: what was read came from the driver, not from a mapping the guard replaced. */
 static inline bool device_sound(struct vq_device *vq)
 {
@@ -51,8 +61,9 @@ static inline bool device_sound(struct vq_device *vq)
 }
 
 /* Appends buffer `step` to the chain; *full when its pieces do not fit. */
-static inline bool device_append(struct vq_device *vq, struct vq_chain *chain, uint64_t address, uint32_t length,
-				 bool write, uint32_t step, struct iova_pieces *pieces, bool *full)
+__attribute__((always_inline)) static inline bool device_append(struct vq_device *vq, struct vq_chain *chain,
+								uint64_t address, uint32_t length, bool write,
+								uint32_t step, struct iova_pieces *pieces, bool *full)
 {
 	size_t before = pieces->used;
 	int error;
@@ -64,8 +75,8 @@ static inline bool device_append(struct vq_device *vq, struct vq_chain *chain, u
 		*full = true;
 		return false;
 	}
-	if (error)
-		return device_fault(vq, VQ_CHAIN_UNMAPPED, chain->head, address);
+	if (error) /* the walk goes on, so that all that the chain misses is known at once */
+		return device_miss(vq, VQ_CHAIN_UNMAPPED, chain->head, address, length, write ? IOVA_WO : IOVA_RO);
 	if (write) {
 		chain->writable_pieces += (uint32_t)(pieces->used - before);
 		chain->writable += length;

@@ -78,6 +78,15 @@ static inline int iova_translate(const struct iova_map *map, size_t *hint, uint6
 /* The same for a range that must be in one piece of memory; NULL when it is not. */
 void *iova_contiguous(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length, uint32_t perm);
 
+enum { IOVA_PAGE = 4096 }; /* the granule that mappings are asked for in */
+
+/*
+ * Where the range is unmapped or lacks the permission: the first such byte of each page, at most `capacity` of them. How
+ * many there are; none in a range that wraps, which no mapping could serve.
+ */
+size_t iova_missing(const struct iova_map *map, uint64_t iova, uint64_t length, uint32_t perm, uint64_t *at,
+		    size_t capacity);
+
 /* Looks pieces up again after the map changed, each still in one region; 0 or -EFAULT (then some may be stale). */
 int iova_refresh(const struct iova_map *map, struct iovec *iov, const uint64_t *iova, size_t count, uint32_t perm);
 

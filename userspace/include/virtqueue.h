@@ -88,6 +88,15 @@ struct vq_used {
 	uint16_t head;
 };
 
+/* An address that a queue waits for, and how it wants to use it (enum iova_perm). */
+struct vq_miss {
+	uint64_t iova;
+	uint32_t perm;
+};
+
+/* Misses that are noted at once; the rest of a long chain is found missing when these are there. */
+enum { VQ_MISSES = 64 };
+
 struct vq_device_config {
 	const struct iova_map *map; /* outlives the queue */
 	uint64_t desc, avail, used; /* IOVAs */
@@ -96,6 +105,7 @@ struct vq_device_config {
 	bool event_idx;
 	bool indirect;
 	bool packed;
+	bool wait; /* for mappings that are not there: see vq_device_misses */
 };
 
 struct vq_device {
@@ -112,14 +122,21 @@ struct vq_device {
 	uint16_t avail_seen; /* avail->idx as last read; split only */
 	uint16_t used_idx; /* packed: a cursor */
 	bool call_always; /* until the first push: the driver may have missed one before us */
+	bool found; /* the ring was looked up once, and where its used index stands was read */
+	uint32_t missing; /* entries of `misses`; 0: the queue waits for nothing */
 	uint32_t in_flight;
 	uint32_t taken; /* descriptors of the chains in flight; packed only */
 	uint16_t *busy; /* by head: ring entries of the chain popped and not pushed, or 0 */
 	uint64_t *table; /* copy of the indirect table being walked */
 	struct vq_fault fault;
+	struct vq_fault missed; /* what the misses would be in a queue that does not wait */
+	struct vq_miss misses[VQ_MISSES];
 };
 
-/* 0, -EINVAL (num, base or alignment), -EFAULT (an area is not mapped in one piece), -ENOMEM. */
+/*
+ * 0, -EINVAL (num, base or alignment), -EFAULT (an area is not mapped in one piece), -ENOMEM. A queue that waits may be
+ * set up before its areas are mapped.
+ */
 int vq_device_init(struct vq_device *vq, const struct vq_device_config *config);
 void vq_device_destroy(struct vq_device *vq);
 
@@ -128,19 +145,32 @@ uint32_t vq_device_base(const struct vq_device *vq);
 
 /*
  * Takes up to `limit` chains, appending their pieces. Stops early before a chain whose pieces do not fit beside the
- * others', and after a fault: the chains returned are good all the same.
+ * others' or whose mappings are waited for, and after a fault: the chains returned are good all the same.
  */
 size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces);
 
 /*
  * Hands back `count` chains at once: by one index update, or on a packed ring with the first one's flags last. 1: a call
- * is due; 0: not; -EINVAL: a head was not popped (the ones before it are handed back); -EPROTO: broken.
+ * is due; 0: not; -EINVAL: a head was not popped (the ones before it are handed back); -EPROTO: broken; -EAGAIN: the
+ * ring's own mapping is waited for, nothing was handed back.
  */
 int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t count);
 
-/* 1: chains are waiting already; 0: none, the driver will kick; -EPROTO: broken. */
+/* 1: chains are waiting already; 0: none, the driver will kick, or the next has to wait for mappings; -EPROTO: broken. */
 int vq_device_enable_kick(struct vq_device *vq);
 void vq_device_disable_kick(struct vq_device *vq);
+
+/*
+ * With `wait`, memory that is not mapped holds the queue up instead of breaking it: the ring's areas, indirect tables,
+ * and the buffers of the chain that comes next, all of which can be mapped later and unmapped at any time. Nothing is
+ * consumed; once the misses are mapped, whatever was called is called again. Chains that were popped do not wait: who
+ * uses them looks their pieces up again (iova_refresh).
+ * How many of `misses` are still missing; they come first in it.
+ */
+size_t vq_device_misses(struct vq_device *vq);
+
+/* No mapping will come for `iova`: breaks the queue that waits, as if it did not. */
+void vq_device_refuse(struct vq_device *vq, uint64_t iova);
 
 /* ---- driver ---- */
 

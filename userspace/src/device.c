@@ -17,27 +17,61 @@ static uint64_t used_align(const struct vq_device_config *c)
 	return c->packed ? PACKED_EVENT_ALIGN : VRING_USED_ALIGN;
 }
 
+bool device_miss(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t iova, uint64_t length,
+		 uint32_t perm)
+{
+	uint64_t at[VQ_MISSES];
+	size_t room = VQ_MISSES - vq->missing, count;
+
+	if (!vq->config.wait)
+		return device_fault(vq, code, where, iova);
+	if (room == 0)
+		return true;
+	count = iova_missing(vq->config.map, iova, length, perm, at, room);
+	if (count == 0) /* it wraps, or is mapped in too many pieces */
+		return device_fault(vq, code, where, iova);
+	for (size_t i = 0; i < count; i++)
+		vq->misses[vq->missing++] = (struct vq_miss){ .iova = at[i], .perm = perm };
+	vq->missed = (struct vq_fault){ .code = code, .where = where, .value = iova };
+	return true;
+}
+
 bool device_look_up(struct vq_device *vq)
 {
 	const struct vq_device_config *c = &vq->config;
-	uint64_t avail_size = c->packed ? PACKED_EVENT_SIZE : vring_avail_size(c->num, c->event_idx);
-	uint64_t used_size = c->packed ? PACKED_EVENT_SIZE : vring_used_size(c->num, c->event_idx);
-	void *desc = iova_contiguous(c->map, &vq->hint, c->desc, (uint64_t)VRING_DESC_SIZE * c->num,
-				     c->packed ? IOVA_RW : IOVA_RO);
-	void *avail = iova_contiguous(c->map, &vq->hint, c->avail, avail_size, IOVA_RO);
-	void *used = iova_contiguous(c->map, &vq->hint, c->used, used_size, IOVA_WO);
+	const struct {
+		uint64_t iova, size, align;
+		uint32_t perm;
+	} areas[] = {
+		{ c->desc, (uint64_t)VRING_DESC_SIZE * c->num, 8, c->packed ? IOVA_RW : IOVA_RO },
+		{ c->avail, c->packed ? PACKED_EVENT_SIZE : vring_avail_size(c->num, c->event_idx), avail_align(c), IOVA_RO },
+		{ c->used, c->packed ? PACKED_EVENT_SIZE : vring_used_size(c->num, c->event_idx), used_align(c), IOVA_WO },
+	};
+	void *at[3];
+	bool lost = false;
 
-	vq->generation = c->map->generation;
-	if (!desc || (uintptr_t)desc % 8)
-		return device_fault(vq, VQ_RING_UNMAPPED, 0, c->desc);
-	if (!avail || (uintptr_t)avail % avail_align(c))
-		return device_fault(vq, VQ_RING_UNMAPPED, 0, c->avail);
-	if (!used || (uintptr_t)used % used_align(c))
-		return device_fault(vq, VQ_RING_UNMAPPED, 0, c->used);
+	for (size_t i = 0; i < 3; i++) {
+		at[i] = iova_contiguous(c->map, &vq->hint, areas[i].iova, areas[i].size, areas[i].perm);
+		if ((uintptr_t)at[i] % areas[i].align)
+			return device_fault(vq, VQ_RING_UNMAPPED, 0, areas[i].iova);
+		if (at[i])
+			continue;
+		if (!lost)
+			vq->missing = 0; /* what the next chain misses comes after the ring */
+		lost = true;
+		if (!device_miss(vq, VQ_RING_UNMAPPED, 0, areas[i].iova, areas[i].size, areas[i].perm))
+			return false;
+	}
+	vq->generation = lost ? 0 : c->map->generation; /* a map's is never 0 */
+	if (lost)
+		return false;
 	if (c->packed)
-		vq->packed = (struct packed_ring){ .desc = desc, .driver_event = avail, .device_event = used, .num = c->num };
+		vq->packed = (struct packed_ring){ .desc = at[0], .driver_event = at[1], .device_event = at[2], .num = c->num };
 	else
-		vq->ring = (struct vring){ .desc = desc, .avail = avail, .used = used, .num = c->num };
+		vq->ring = (struct vring){ .desc = at[0], .avail = at[1], .used = at[2], .num = c->num };
+	if (!vq->found && !c->packed)
+		vq->used_idx = ring16_load(used_idx(&vq->ring), memory_order_relaxed);
+	vq->found = true;
 	return true;
 }
 
@@ -62,7 +96,9 @@ int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
 	    config->desc % VRING_DESC_ALIGN || config->avail % avail_align(config) || config->used % used_align(config))
 		return -EINVAL;
 	vq->config = *config;
-	if (!device_look_up(vq))
+	if (config->packed)
+		vq->used_idx = (uint16_t)(config->base >> 16);
+	if (!device_look_up(vq) && vq->fault.code != VQ_OK)
 		return -EFAULT;
 	vq->busy = calloc(config->num, sizeof(*vq->busy));
 	vq->table = malloc((size_t)entries * VRING_DESC_SIZE);
@@ -71,8 +107,6 @@ int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
 		return -ENOMEM;
 	}
 	vq->next_avail = vq->avail_seen = (uint16_t)config->base;
-	vq->used_idx = config->packed ? (uint16_t)(config->base >> 16) :
-					ring16_load(used_idx(&vq->ring), memory_order_relaxed);
 	vq->call_always = true;
 	(void)vq_device_enable_kick(vq);
 	return 0;
@@ -117,12 +151,14 @@ bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, ui
 		return device_fault(vq, VQ_INDIRECT_SIZE, head, length);
 	if (iova_translate(vq->config.map, &vq->table_hint, address, length, IOVA_RO, &one) == 0)
 		memcpy(vq->table, iov.iov_base, length);
-	else if (iova_read(vq->config.map, address, vq->table, length))
-		return device_fault(vq, VQ_INDIRECT_UNMAPPED, head, address);
+	else if (iova_read(vq->config.map, address, vq->table, length)) {
+		(void)device_miss(vq, VQ_INDIRECT_UNMAPPED, head, address, length, IOVA_RO);
+		return false;
+	}
 	return true;
 }
 
-/* Reads every descriptor of a chain once. False: a fault is set, or *full. */
+/* Reads every descriptor of a chain once. False: a fault is set, or *full, or its table is missing. */
 static bool walk(struct vq_device *vq, struct vq_chain *chain, struct iova_pieces *pieces, bool *full)
 {
 	uint32_t limit = vq->ring.num, index = chain->head;
@@ -168,6 +204,7 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 
 	if (vq->config.packed)
 		return packed_device_pop(vq, chains, limit, pieces);
+	vq->missing = 0;
 	if (!device_usable(vq))
 		return 0;
 	ready = (uint16_t)(vq->avail_seen - vq->next_avail);
@@ -187,7 +224,7 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 			break;
 		}
 		*chain = (struct vq_chain){ .first = pieces->used, .head = head };
-		if (!walk(vq, chain, pieces, &full)) {
+		if (!walk(vq, chain, pieces, &full) || vq->missing) {
 			pieces->used = chain->first;
 			if (full && chain->first == 0)
 				device_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
@@ -226,7 +263,7 @@ int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t coun
 	if (vq->config.packed)
 		return packed_device_push(vq, done, count);
 	if (!device_usable(vq))
-		return -EPROTO;
+		return device_unusable(vq, count ? -EAGAIN : 0);
 	for (i = 0; i < count; i++) {
 		uint16_t head = done[i].head;
 		_Atomic uint32_t *slot = used_slot(&vq->ring, (uint16_t)(before + i));
@@ -256,13 +293,13 @@ int vq_device_enable_kick(struct vq_device *vq)
 	if (vq->config.packed)
 		return packed_device_enable_kick(vq);
 	if (!device_usable(vq))
-		return -EPROTO;
+		return device_unusable(vq, 0);
 	ring16_store(used_flags(&vq->ring), 0, memory_order_relaxed);
 	if (vq->config.event_idx)
 		ring16_store(avail_event(&vq->ring), vq->next_avail, memory_order_relaxed);
 	/* pair [B]: full fence, the wish is stored before avail->idx is read again. virtio 1.2, 2.7.10 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = waiting(vq) != 0;
+	more = waiting(vq) != 0 && !vq->missing;
 	return device_sound(vq) && vq->fault.code == VQ_OK ? more : -EPROTO;
 }
 
@@ -279,4 +316,24 @@ void vq_device_disable_kick(struct vq_device *vq)
 	else
 		ring16_store(used_flags(&vq->ring), RING_NO_NOTIFY, memory_order_relaxed);
 	(void)device_sound(vq);
+}
+
+size_t vq_device_misses(struct vq_device *vq)
+{
+	uint32_t left = 0;
+	uint64_t at;
+
+	for (uint32_t i = 0; i < vq->missing; i++)
+		if (iova_missing(vq->config.map, vq->misses[i].iova, 1, vq->misses[i].perm, &at, 1))
+			vq->misses[left++] = vq->misses[i];
+	vq->missing = left;
+	return vq->fault.code == VQ_OK ? left : 0;
+}
+
+void vq_device_refuse(struct vq_device *vq, uint64_t iova)
+{
+	if (vq->missing && vq->fault.code == VQ_OK) {
+		vq->fault = vq->missed;
+		vq->fault.value = iova;
+	}
 }

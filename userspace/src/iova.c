@@ -144,6 +144,31 @@ void *iova_contiguous(const struct iova_map *map, size_t *hint, uint64_t iova, u
 	return iov.iov_base;
 }
 
+size_t iova_missing(const struct iova_map *map, uint64_t iova, uint64_t length, uint32_t perm, uint64_t *at,
+		    size_t capacity)
+{
+	uint64_t last = iova + (length - 1);
+	size_t hint = 0, count = 0;
+
+	if (length == 0 || last < iova)
+		return 0;
+	while (count < capacity) {
+		const struct iova_region *region = find(map, &hint, iova);
+		uint64_t end;
+
+		if (region && (region->perm & perm) == perm) {
+			end = region->last;
+		} else {
+			at[count++] = iova;
+			end = iova | (IOVA_PAGE - 1);
+		}
+		if (end >= last)
+			break;
+		iova = end + 1;
+	}
+	return count;
+}
+
 int iova_refresh(const struct iova_map *map, struct iovec *iov, const uint64_t *iova, size_t count, uint32_t perm)
 {
 	size_t hint = 0;

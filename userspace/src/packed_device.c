@@ -31,7 +31,7 @@ static bool walk_table(struct vq_device *vq, struct vq_chain *chain, uint64_t ad
 
 /*
  * Reads every descriptor of the chain at a cursor once; `flags` are the first one's, read already. The descriptors it
- * has, or 0: a fault is set, or *full. The id is the last one's.
+ * has, or 0: a fault is set, or *full, or its table is missing. The id is the last one's.
  */
 static uint32_t walk(struct vq_device *vq, struct vq_chain *chain, uint16_t cursor, uint16_t flags,
 		     struct iova_pieces *pieces, bool *full, uint16_t *id)
@@ -81,6 +81,7 @@ size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t l
 	size_t count = 0;
 	uint16_t next = vq->next_avail, flags;
 
+	vq->missing = 0;
 	if (!device_usable(vq))
 		return 0;
 	while (count < limit && available(vq, next, &flags)) {
@@ -91,7 +92,7 @@ size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t l
 
 		*chain = (struct vq_chain){ .first = pieces->used, .head = position };
 		descriptors = walk(vq, chain, next, flags, pieces, &full, &id);
-		if (!descriptors || !acceptable(vq, position, id, descriptors)) {
+		if (!descriptors || vq->missing || !acceptable(vq, position, id, descriptors)) {
 			pieces->used = chain->first;
 			if (full && chain->first == 0)
 				device_fault(vq, VQ_CHAIN_PIECES, position, pieces->capacity);
@@ -133,7 +134,7 @@ int packed_device_push(struct vq_device *vq, const struct vq_used *done, size_t 
 	bool due = false;
 
 	if (!device_usable(vq))
-		return -EPROTO;
+		return device_unusable(vq, count ? -EAGAIN : 0);
 	for (i = 0; i < count; i++) {
 		struct packed_desc *desc = packed_at(&vq->packed, cursor);
 		uint16_t id = done[i].head, flags = used_mark(cursor);
@@ -174,12 +175,12 @@ int packed_device_enable_kick(struct vq_device *vq)
 	int more;
 
 	if (!device_usable(vq))
-		return -EPROTO;
+		return device_unusable(vq, 0);
 	event_store(vq->packed.device_event, vq->config.event_idx ? event_value(EVENT_DESC, vq->next_avail) :
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [F]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.21.2 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = available(vq, vq->next_avail, &flags);
+	more = available(vq, vq->next_avail, &flags) && !vq->missing;
 	return device_sound(vq) ? more : -EPROTO;
 }
 
