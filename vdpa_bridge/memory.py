@@ -259,15 +259,24 @@ class IotlbTable(Generic[V]):
         bisect.insort(self._spaces[update.asid], entry, key=lambda e: e.iova)
         return entry
 
-    def _hit(self, request: IotlbInvalidate) -> tuple[list[Entry[V]], slice]:
-        """The address space, and the entries of it that *request* takes away; EINVAL when it would cut one in two."""
+    def _touched(self, request: IotlbInvalidate) -> tuple[list[Entry[V]], int, slice]:
+        """The address space, the last address of *request*, and the entries that share an address with it."""
         space = self._space(request.asid)
         if request.size <= 0:
             raise _refuse(errno.EINVAL, "size is 0")
         last = request.iova + request.size - 1
         if last > U64_MAX:
             raise _refuse(errno.EINVAL, f"[{request.iova:#x}, {last:#x}] wraps around")
-        hit = slice(_first_behind(space, request.iova), bisect.bisect_right(space, last, key=lambda entry: entry.iova))
+        return space, last, slice(_first_behind(space, request.iova), bisect.bisect_right(space, last, key=lambda entry: entry.iova))
+
+    def touched(self, request: IotlbInvalidate) -> list[Entry[V]]:
+        """The mappings that share an address with *request*, whole or in part."""
+        space, _, hit = self._touched(request)
+        return space[hit]
+
+    def _hit(self, request: IotlbInvalidate) -> tuple[list[Entry[V]], slice]:
+        """The address space, and the entries of it that *request* takes away; EINVAL when it would cut one in two."""
+        space, last, hit = self._touched(request)
         for e in space[hit][:1] + space[hit][-1:]:
             if e.iova < request.iova or e.last > last:
                 raise _refuse(

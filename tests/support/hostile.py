@@ -20,7 +20,7 @@ from typing import Any, Self
 from vdpa_bridge import ops
 from vdpa_bridge.flags import Feature, ProtocolFeature
 from vdpa_bridge.vhost_user import messages as m
-from vdpa_bridge.vhost_user.framing import HEADER, NEED_REPLY, VERSION
+from vdpa_bridge.vhost_user.framing import HEADER, NEED_REPLY, REPLY_FLAGS, VERSION
 from vdpa_bridge.vhost_user.vdpa_mode import HELLO_OP
 from vdpa_bridge.vhost_user.vdpa_mode import fds_wanted as wanted
 from vdpa_bridge.wire import (
@@ -53,6 +53,7 @@ USER = 0x7F0000000000
 """Where a legacy client says it has it."""
 RUNNING = Feature.VERSION_1 | Feature.ACCESS_PLATFORM
 OFFERED = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.CONFIGURE_MEM_SLOTS | ProtocolFeature.STATUS
+OFFERED |= ProtocolFeature.BACKEND_REQ
 U64S = (0, 1, 2, 4095, 4096, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
 
 
@@ -111,6 +112,10 @@ class Stock:
     def refresh(self) -> None:
         """Undo what a device, or a session before, has done to what is shared."""
         fds = self.fds
+        for end in ("socket", "other end"):
+            with socket.socket(fileno=os.dup(fds[end])) as sock, contextlib.suppress(BlockingIOError):
+                while sock.recv(1 << 16, socket.MSG_DONTWAIT):
+                    pass
         os.ftruncate(fds["memory"], MEMORY)
         for name in ("kick", "full"):
             with contextlib.suppress(BlockingIOError):
@@ -139,7 +144,10 @@ class Hostile:
         self.seed = seed
         self.random = random.Random(seed)
         self.rate = self.random.choice((0.005, 0.02, 0.1))
-        self.mode = self.random.choice(("vdpa", "vdpa", "legacy"))
+        self.mode = self.random.choice(("vdpa", "vdpa", "legacy", "legacy"))
+        self.translates = self.mode == "legacy" and self.random.random() < 0.5
+        """Whether its guest has an IOMMU, if the server has a part for it."""
+        self.features = 1 << 32 | 1 << 30 | self.translates << 33
 
     # Values ----------------------------------------------------------------------------------------------------------------
 
@@ -159,7 +167,7 @@ class Hostile:
     def address(self) -> int:
         if self.wrong():
             return self.number()
-        base = USER if self.mode == "legacy" else BASE
+        base = USER if self.mode == "legacy" and not self.translates else BASE
         return base + self.random.choice((0, 0, AVAIL, USED, 4096, MEMORY - 4096, MEMORY))
 
     def event(self) -> str:
@@ -186,7 +194,7 @@ class Hostile:
             case "num":
                 return pick.choice((RING, 8, 256))
             case "desc" | "avail" | "used":
-                return (USER if self.mode == "legacy" else BASE) + {"desc": DESC, "avail": AVAIL, "used": USED}[name]
+                return (USER if self.mode == "legacy" and not self.translates else BASE) + {"desc": DESC, "avail": AVAIL, "used": USED}[name]
             case "value" if "STATUS" in op:
                 return self.status()
             case "value" if op == "SET_FEATURES":
@@ -195,6 +203,16 @@ class Hostile:
                 return pick.choice((0x2, 0x7E, 0x17E))
             case "fd":
                 return pick.choice((0, 0, -1)) & 0xFFFFFFFF
+            case "iova":
+                return BASE + 4096 * pick.choice((0, 0, *range(15)))
+            case "size":
+                return pick.choice((4096, 4096, 4096, 8192, MEMORY))
+            case "uaddr":
+                return USER + 4096 * pick.choice((0, 0, *range(15)))
+            case "perm":
+                return pick.choice((1, 2, 3, 3, 3))
+            case "type":
+                return pick.choice((2, 2, 2, 3))
             case _:
                 return 0
 
@@ -272,7 +290,7 @@ class Hostile:
         elif row in (m.SET_VRING_KICK, m.SET_VRING_CALL, m.SET_VRING_ERR):
             payload = U64(self.number() if self.wrong() else self.random.choice((0, 0, 1, m.NOFD))).pack()
         elif row is m.SET_FEATURES:
-            payload = U64(self.number() if self.wrong() else self.random.choice((1 << 32, 1 << 32 | 1 << 30))).pack()
+            payload = U64(self.number() if self.wrong() else self.random.choice((1 << 32, self.features))).pack()
         elif row is m.SET_PROTOCOL_FEATURES:
             payload = U64(self.number() if self.wrong() else OFFERED).pack()
         else:
@@ -312,16 +330,20 @@ class Hostile:
                 good = Chunk(_framed(op.number, request), [fd] if fd else [])
                 chunks.append(self.operation(op) if self.wrong() else good)
         else:
+            at = BASE if self.translates else USER
             told: list[tuple[m.Legacy, Payload, str]] = [
                 (m.SET_PROTOCOL_FEATURES, U64(OFFERED), ""),
-                (m.SET_FEATURES, U64(1 << 32 | 1 << 30), ""),
+                (m.SET_BACKEND_REQ_FD, EMPTY, "socket"),
+                (m.SET_FEATURES, U64(self.features), ""),
                 (m.SET_MEM_TABLE, m.MemTable((m.MemoryRegion(BASE, MEMORY, USER, 0),)), "memory"),
                 (m.SET_VRING_NUM, VringState(0, RING), ""),
-                (m.SET_VRING_ADDR, VringAddr(0, 0, Iova(USER + DESC), Iova(USER + USED), Iova(USER + AVAIL), 0), ""),
+                (m.SET_VRING_ADDR, VringAddr(0, 0, Iova(at + DESC), Iova(at + USED), Iova(at + AVAIL), 0), ""),
                 (m.SET_VRING_KICK, U64(0), "kick"),
                 (m.SET_VRING_CALL, U64(0), self.event()),
                 (m.SET_VRING_ENABLE, VringState(0, 1), ""),
             ]
+            if self.translates:  # the ring, and some or all of the rest
+                told += [(m.IOTLB_MSG, m.IotlbMessage(BASE + 4096 * n, 4096, USER + 4096 * n, 3, m.UPDATE), "") for n in range(self.random.choice((1, 4, 16)))]
             chunks = [self.legacy(row) if self.wrong() else Chunk(_framed(row.number, request), [fd] if fd else []) for row, request, fd in told]
         if self.wrong():
             self.random.shuffle(chunks)
@@ -351,6 +373,12 @@ class Hostile:
                 glued = Chunk(b"")
         if glued.data:
             yield glued
+
+    def answer(self) -> bytes:
+        """What it says on the back-end channel."""
+        if self.wrong():
+            return self.random.randbytes(self.random.choice((1, 12, 20, 200)))
+        return struct.pack("=IIIQ", m.BACKEND_IOTLB, REPLY_FLAGS, 8, self.random.choice((0, 0, 0, 1)))
 
     def ring(self) -> bytes:
         """Memory for DESC to USED: descriptors that may be good, and an available ring that offers them."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import socket
 import threading
 import time
@@ -109,12 +110,14 @@ class Attack:
         self.sessions = 0
         self.ran = 0
         """Sessions whose device was running at their end."""
+        self.asked = 0
+        """Translations."""
         self.dropped: Counter[str] = Counter()
         self.slowest = 0.0
 
     def __str__(self) -> str:
         ends = f"{sum(self.dropped.values())} dropped by {len(self.dropped)} rules"
-        return f"{self.messages} messages, {self.sessions} sessions, {self.ran} with a running device, {ends}, slowest {self.slowest * 1000:.0f} ms"
+        return f"{self.messages} messages, {self.sessions} sessions, {self.ran} with a running device, {self.asked} translations asked for, {ends}, slowest {self.slowest * 1000:.0f} ms"
 
     def run(self, backend: Backend, client: Hostile) -> None:
         """One client from its first to its last byte, as the server would serve it."""
@@ -128,6 +131,7 @@ class Attack:
                 receiver.feed(chunk.data, [os.dup(self.stock[name]) for name in chunk.fds])
                 while (message := receiver.next()) is not None:
                     self._carry_out(session, message)
+                    self._converse(session, client)
                 if client.random.random() < 0.05:
                     os.eventfd_write(self.stock["kick"], 1)
                 if client.random.random() < 0.01:
@@ -147,6 +151,17 @@ class Attack:
             started = time.monotonic()
             session.close()
             self._timed(started, "close")
+
+    def _converse(self, session: Session, client: Hostile) -> None:
+        """The back-end channel: an answer for each thing that is asked, or too few, or too many."""
+        if session.event < 0 or not select.select([session.event], [], [], 0)[0]:
+            return
+        session.on_event()
+        with socket.socket(fileno=os.dup(self.stock["other end"])) as sock, contextlib.suppress(BlockingIOError, BrokenPipeError):
+            if asked := len(sock.recv(1 << 16, socket.MSG_DONTWAIT)) // (HEADER.size + 32):
+                self.asked += asked
+                for _ in range(asked + (client.random.choice((-1, 1)) if client.wrong() else 0)):
+                    sock.send(client.answer(), socket.MSG_DONTWAIT)
 
     def _carry_out(self, session: Session, message: Frame) -> None:
         self.messages += 1
@@ -207,6 +222,7 @@ def test_sessions(kind: str, stock: Stock) -> None:
     print(f"{kind}: {took:.0f} s, {attack}")
     if REPLAY is None and MESSAGES >= 20000:
         assert attack.ran > attack.sessions // 10, "too few sessions get as far as a running device"
+        assert kind == "net" or attack.asked > attack.sessions // 10, "too few sessions have a device IOTLB at work"
         assert len(attack.dropped) > 20, "a hostile client should get to see more rules than these"
 
 

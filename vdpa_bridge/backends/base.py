@@ -15,6 +15,7 @@ from typing import Any, Self
 from .. import ops
 from ..memory import Doorbell
 from ..ops import Call, Op, Rep, Req
+from ..wire import Iova
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 
@@ -25,6 +26,36 @@ class Capability:
 
     level: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A page that a ring waits for, and the access that it needs (RO, WO, RW)."""
+
+    iova: Iova
+    perm: int
+
+
+class DeviceIotlb(ABC):
+    """Of a device whose rings can wait for mappings: IOTLB_UPDATE brings them later, IOTLB_INVALIDATE takes them under way.
+
+    The kernel's vDPA devices cannot: what is not mapped is a fault for them. Synchronization: any thread, nothing waits.
+    """
+
+    @abstractmethod
+    def enable(self, event: int) -> None:
+        """From the next start on (DRIVER_OK), a ring that misses a mapping waits instead of breaking, and adds to the eventfd *event*.
+
+        -1: as before.
+        """
+
+    @abstractmethod
+    def misses(self) -> list[Miss]:
+        """What rings wait for now."""
+
+    @abstractmethod
+    def refuse(self, miss: Miss) -> None:
+        """There will be no such mapping: break the rings that wait for it."""
 
 
 class Backend(ABC):
@@ -38,6 +69,8 @@ class Backend(ABC):
     """The target as the user wrote it, for messages."""
     traits: tuple[str, ...] = ()
     """The homes of ``vdpa_bridge.differences`` that this is."""
+    iotlb: DeviceIotlb | None = None
+    """Where the device can live without all of its mappings."""
 
     @abstractmethod
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:

@@ -13,7 +13,7 @@ from ..errors import device_error, reason
 from ..eventfd import EventFd
 from ..flags import BackendFeature as B
 from ..flags import Feature, Status
-from ..memory import IotlbTable, SharedMapping
+from ..memory import PAGE, IotlbTable, SharedMapping
 from ..models.base import RING_FEATURES, Model
 from ..ops import Op
 from ..virtqueue import DeviceQueue, IovaMap
@@ -30,7 +30,7 @@ from ..wire import (
     IovaRange,
     VringState,
 )
-from .base import ABSENT, NATIVE, Capability
+from .base import ABSENT, NATIVE, Capability, DeviceIotlb, Miss
 from .rules import Ring, RuledBackend, refuse
 from .runner import Runner, ServedQueue
 
@@ -71,6 +71,42 @@ class ModelDevice:
         self.model.close()
 
 
+class ModelIotlb(DeviceIotlb):
+    """What the rings of one opening wait for."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._runner.missed = self._missed
+        self._event: EventFd | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether rings are to wait."""
+        return self._event is not None
+
+    def enable(self, event: int) -> None:
+        """Keeps a descriptor of its own."""
+        with self._runner.lock:
+            old, self._event = self._event, EventFd.borrow(event)
+        if old is not None:
+            old.close()
+
+    def misses(self) -> list[Miss]:
+        """By pages, each once."""
+        with self._runner.lock:
+            found = [miss for ring in self._runner.rings.values() for miss in ring.queue.misses()]
+        return list(dict.fromkeys(Miss(Iova(iova & -PAGE), perm) for iova, perm in found))
+
+    def refuse(self, miss: Miss) -> None:
+        """The fault that it would have been at once in a ring that does not wait."""
+        with self._runner.lock:
+            self._runner.refuse(miss.iova, miss.perm)
+
+    def _missed(self) -> None:
+        if self._event is not None:
+            self._runner.signal(self._event)
+
+
 class ModelBackend(RuledBackend):
     """One opening of a model. Rings are served by a thread of their own."""
 
@@ -92,6 +128,7 @@ class ModelBackend(RuledBackend):
         self._group_space = [0] * model.groups
         self._runner = device.runner
         self._runner.broken = self._ring_broke
+        self.iotlb: ModelIotlb = ModelIotlb(self._runner)
 
     def capability(self, op: Op[Any, Any]) -> Capability:
         """Native for whatever has a method."""
@@ -113,6 +150,7 @@ class ModelBackend(RuledBackend):
                 self._forget()
                 if self._config_call is not None:
                     self._config_call.close()
+                self.iotlb.enable(-1)
                 self._on_close()
 
     # Life cycle --------------------------------------------------------------------------------------------------------
@@ -220,6 +258,7 @@ class ModelBackend(RuledBackend):
                 event_idx=bool(accepted & Feature.RING_EVENT_IDX),
                 indirect=bool(accepted & Feature.RING_INDIRECT_DESC),
                 packed=bool(accepted & Feature.RING_PACKED),
+                wait=self.iotlb.enabled,
             )
         except (OSError, ValueError) as error:
             self._ring_broke(index, reason(error))
@@ -267,6 +306,7 @@ class ModelBackend(RuledBackend):
         mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
         self._table.add(request, mapping)
         self._maps[request.asid].add(request.iova, request.size, mapping.address, request.perm)
+        self._runner.retry()
 
     def _iotlb_invalidate(self, request: IotlbInvalidate) -> None:
         request = self._for_memory(request)

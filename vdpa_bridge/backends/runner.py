@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 
 from ..eventfd import EventFd
+from ..memory import PAGE
 from ..models.base import Model
 from ..virtqueue import Chain, DeviceQueue
 
@@ -38,11 +39,16 @@ class ServedQueue:
         """Whether the model looked at the ring in this pass; receive buffers that it leaves alone are no work."""
         self.short = False
         """Whether it found fewer chains there than it asked for, and so waits for a kick."""
+        self.missed = False
+        """Whether the next one there has to wait for mappings, and nobody was told yet."""
 
     def pop(self, limit: int = 64) -> list[Chain]:
         """See ``models.base.Queue``."""
         chains = self.queue.pop_many(limit)
-        self.popped, self.short = True, len(chains) < limit
+        self.popped = True
+        if len(chains) < limit:
+            self.short = True
+            self.missed = self.queue.waits
         return chains
 
     def push(self, done: list[tuple[Chain, int]]) -> None:
@@ -54,12 +60,14 @@ class Runner:
     """The rings of one device, and the thread that serves them from ``start`` to ``stop``.
 
     The thread lives from here to ``close``, so that a session costs none. *broken* is called, under the
-    lock, with the index of a ring that cannot go on and why. Synchronization: everything public is called with *lock* held.
+    lock, with the index of a ring that cannot go on and why, *missed* when one waits for a mapping.
+    Synchronization: everything public is called with *lock* held.
     """
 
     def __init__(self, model: Model, name: str) -> None:
         self.lock = threading.RLock()
         self.broken: Callable[[int, str], None] = lambda index, why: None
+        self.missed: Callable[[], None] = lambda: None
         self.rings: dict[int, ServedQueue] = {}
         self.paused = False
         self.running = False
@@ -104,6 +112,22 @@ class Runner:
         if self.running:
             self._watch(index, ring)
 
+    def retry(self) -> None:
+        """There are new mappings: rings that waited for them and no others are looked at again."""
+        for index, ring in self.rings.items():
+            if ring.queue.waits and not ring.queue.misses():
+                self._pending.add(index)
+                os.eventfd_write(self._wake, 1)
+
+    def refuse(self, page: int, perm: int) -> None:
+        """Break the rings that wait for this."""
+        for index, ring in list(self.rings.items()):
+            for iova, wanted in ring.queue.misses():
+                if (iova & -PAGE, wanted) == (page, perm):
+                    ring.queue.refuse(iova)
+            if ring.queue.broken:
+                self._break(index, ring.queue.broken)
+
     def signal(self, event: EventFd) -> None:
         """Signal *event* from the thread, once it holds no lock."""
         self._signals.append(event)
@@ -130,11 +154,11 @@ class Runner:
         os.close(self._wake)
 
     def _watch(self, index: int, ring: ServedQueue) -> None:
-        """Wait for kicks; the thread is woken for a ring that holds chains, or is broken, and sleeps on for one that holds none."""
+        """Wait for kicks; the thread is woken for a ring that holds chains, is broken or not mapped, and sleeps on for one that holds none."""
         if ring.kick is not None:
             self._epoll.register(ring.kick.fd, select.EPOLLIN | select.EPOLLET)
         with contextlib.suppress(OSError):
-            if not ring.queue.enable_kick():
+            if not ring.queue.enable_kick() and not ring.queue.waits:
                 return
         self._pending.add(index)
         os.eventfd_write(self._wake, 1)
@@ -183,6 +207,9 @@ class Runner:
                 ring.call_due = False
                 if ring.call is not None:
                     self._signals.append(ring.call)
+            if ring.missed:
+                ring.missed = False
+                self.missed()
             if ring.queue.broken:
                 self._break(index, ring.queue.broken)
 

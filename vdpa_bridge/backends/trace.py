@@ -52,6 +52,7 @@ class TraceBackend(Backend):
         self.backend = backend
         self.name = backend.name
         self.traits = backend.traits
+        self.iotlb = backend.iotlb
         self._write = write
         self._label = f"{label}: " if label else ""
         self._closed = False

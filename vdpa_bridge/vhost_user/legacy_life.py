@@ -4,8 +4,9 @@
 Rule of this file: the life cycle is derived, because many clients never send DRIVER_OK (vhost-user spec, "Ring states").
 The device is brought up, with all that was said so far, when the first ring has size, addresses and kick and is
 enabled; it is reset when the last one is stopped. Memory stays known across that and is mapped again where needed.
-The client's guest physical addresses become the IOVAs. A device that cannot have the client's memory or rings as they are
-gets a relay in front of it, from then on as long as the client is there.
+The client's guest physical addresses become the IOVAs, and ACCESS_PLATFORM is acknowledged for it; a client that
+accepts it itself has IOVAs of its own, which ``legacy_iotlb`` translates. A device that cannot have the client's memory
+or rings as they are gets a relay in front of it, from then on as long as the client is there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from .. import ops
 from ..backends.base import Backend
@@ -26,6 +28,7 @@ from ..memory import U64_MAX
 from ..ops import Call
 from ..wire import EMPTY, U8, U64, EventFile, IotlbBatchBegin, IotlbBatchEnd, IotlbInvalidate, Iova, VringFile, VringState
 from .backend_channel import BackendEnd
+from .legacy_iotlb import ClientIotlb
 from .legacy_memory import ClientMemory
 from .legacy_state import ClientRing
 
@@ -52,6 +55,7 @@ class LifeCycle:
         self._mapped = False
         self._status = 0
         self._memory = ClientMemory()
+        self._iotlb = None if backend.iotlb is None else ClientIotlb(backend, backend.iotlb, self._memory)
         self._rings: dict[int, ClientRing] = {}
         self._channel: BackendEnd | None = None
 
@@ -74,7 +78,7 @@ class LifeCycle:
 
     def _ring_calls(self, index: int, ring: ClientRing) -> list[Call]:
         assert ring.addr is not None
-        address = self._memory.ring(index, ring.addr)
+        address = replace(ring.addr, flags=0, log=0) if self._translates else self._memory.ring(index, ring.addr)
         ring.set_up = True
         calls: list[Call] = [
             (ops.SET_VRING_NUM, VringState(index, ring.num)),
@@ -159,13 +163,7 @@ class LifeCycle:
 
     def _start(self, ready: dict[int, ClientRing]) -> None:
         """From FEATURES_OK on: memory, rings, DRIVER_OK."""
-        if not self._mapped:
-            try:
-                self._all(self._batch([region.there for region in self._memory.regions]))
-            except OSError:  # some are mapped, and a reset may keep them: the client gets to send a better table
-                self._backend.call_many(self._batch([region.gone for region in self._memory.regions]))
-                raise
-            self._mapped = True
+        self._map()
         calls: list[Call] = []
         for index, ring in ready.items():
             calls += self._ring_calls(index, ring)
@@ -182,12 +180,31 @@ class LifeCycle:
             if was_kicked(ring.kick):
                 kick(ring.kick)  # a kick before DRIVER_OK is lost (vdpa_sim_net.c, vdpa_sim_blk.c), and so is one before a restart
 
+    @property
+    def _translates(self) -> bool:
+        """Whether the client's guest has an IOMMU, so that addresses are IOVAs of its own."""
+        return bool(self._features & Feature.ACCESS_PLATFORM)
+
+    def _map(self) -> None:
+        """All memory; or none of it, where each page is asked for when it is needed."""
+        if self._iotlb is not None:
+            if self._translates and self._channel is None:
+                raise OSError(errno.EINVAL, "ACCESS_PLATFORM is accepted, but SET_BACKEND_REQ_FD brought no socket to ask for translations on")
+            self._iotlb.listen(self._channel if self._translates else None)
+        if self._mapped == self._translates:
+            try:
+                self._all(self._batch([region.gone if self._mapped else region.there for region in self._memory.regions]))
+            except OSError:  # some are mapped, and a reset may keep them: the client gets to send a better table
+                self._backend.call_many(self._batch([region.gone for region in self._memory.regions]))
+                raise
+            self._mapped = not self._mapped
+
     # The relay -------------------------------------------------------------------------------------------------------------
 
     @property
     def _can_relay(self) -> bool:
-        """A relay does not keep the order of IN_ORDER."""
-        return self._may_relay and not self.relayed and not self._features & Feature.IN_ORDER
+        """A relay does not keep the order of IN_ORDER, and cannot wait for mappings."""
+        return self._may_relay and not self.relayed and not self._features & (Feature.IN_ORDER | Feature.ACCESS_PLATFORM)
 
     def _obstacle(self) -> str:
         """What the client will ask of a negotiated device in vain: where its packed rings stand. Split ones say it themselves."""
@@ -219,6 +236,7 @@ class LifeCycle:
         self._stop_all()
         self._backend.call(ops.IOTLB_INVALIDATE, IotlbInvalidate(Iova(0), U64_MAX))
         self._backend, self.relayed = RelayBackend(self._device, why), why
+        self._iotlb = None
         self._owned = self._mapped = False
         _log.warning("requests are relayed from now on: %s", why, extra={"event": "relay"})
         self._watch_config()
@@ -226,7 +244,7 @@ class LifeCycle:
     def _watch_config(self) -> None:
         """Have changes of the configuration told to the client, if it listens."""
         if self._channel is not None:
-            self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.event))
+            self._backend.call(ops.SET_CONFIG_CALL, EventFile(self._channel.changed))
 
     def close_relay(self) -> None:
         """End the relay, if there is one; the device is closed then."""
@@ -280,3 +298,5 @@ class LifeCycle:
         if self._owned:
             self._backend.call(ops.SET_STATUS, U8(0))
             self._mapped = self._mapped and bool(self._backend_features & BackendFeature.IOTLB_PERSIST)
+        if self._iotlb is not None:
+            self._iotlb.reset()

@@ -121,12 +121,23 @@ class ClientMemory:
             raise
         return old, fresh
 
+    def find(self, address: int) -> ClientRegion | None:
+        """The region with the client's *address* in it."""
+        return next((held for held in self.regions if held.holds(address)), None)
+
     def holder(self, address: int, what: str) -> ClientRegion:
-        """The region with the client's *address* in it; EFAULT."""
+        """The same; EFAULT."""
+        if (held := self.find(address)) is None:
+            raise OSError(errno.EFAULT, f"{what} ring address {address:#x} lies in no memory region")
+        return held
+
+    def same(self, region: MemoryRegion) -> ClientRegion:
+        """The one that a client means by *region* when it takes it away; ValueError."""
         for held in self.regions:
-            if held.holds(address):
+            r = held.region
+            if (r.guest_addr, r.size, r.user_addr) == (region.guest_addr, region.size, region.user_addr):
                 return held
-        raise OSError(errno.EFAULT, f"{what} ring address {address:#x} lies in no memory region")
+        raise ValueError(f"there is no region of {region.size:#x} bytes at {region.guest_addr:#x}")
 
     def iova(self, address: int, what: str) -> Iova:
         """The client's user address as an IOVA; EFAULT."""

@@ -40,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 OFFERED = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.GPA_ADDRESSES
 """Protocol features that this server implements."""
-_NOT_OFFERED = Feature.ACCESS_PLATFORM | VHOST_ONLY_FEATURES
+_FOR_IOTLB = P.REPLY_ACK | P.BACKEND_REQ
+"""What a client has to accept before it is offered ACCESS_PLATFORM: a miss and its answer need both."""
 MAX_SLOTS = 509
 """Memory regions; what libvhost-user offers too, and QEMU expects never to shrink."""
 
@@ -62,9 +63,11 @@ class LegacyService(LifeCycle):
         return -1 if self._channel is None else self._channel.event
 
     def on_event(self) -> None:
-        """The device's configuration changed: tell the client."""
+        """The device's configuration changed, or its rings miss mappings, or the client answers."""
         if self._channel is not None:
             self._channel.announce()
+            if self._iotlb is not None:
+                self._iotlb.converse(self._channel)
 
     def handle(self, message: Frame) -> bytes:
         """Carry out one message; the reply, if there is one."""
@@ -112,8 +115,12 @@ class LegacyService(LifeCycle):
     # Negotiation -----------------------------------------------------------------------------------------------------------
 
     def _get_features(self, message: Frame, request: Empty) -> U64:
+        """ACCESS_PLATFORM only where each side can do its part; clients ask once more when they have accepted protocol features."""
         device = self._device.call(ops.GET_FEATURES, EMPTY).value  # with a relay as without: the client has accepted some of them
-        return U64(device & ~_NOT_OFFERED | VHOST_USER_F_PROTOCOL_FEATURES)
+        hidden = VHOST_ONLY_FEATURES
+        if self._iotlb is None or _FOR_IOTLB & ~self._protocol:
+            hidden |= Feature.ACCESS_PLATFORM
+        return U64(device & ~hidden | VHOST_USER_F_PROTOCOL_FEATURES)
 
     def _set_features(self, message: Frame, request: U64) -> None:
         offered = self._get_features(message, EMPTY).value
@@ -191,6 +198,8 @@ class LegacyService(LifeCycle):
         if old is not None:
             old.close()
         self._watch_config()
+        if self._iotlb is not None:
+            self._iotlb.new_channel(self._channel if self._translates else None)
 
     # Memory ----------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +217,9 @@ class LegacyService(LifeCycle):
         replaced = any(old.overlaps(new) for old in gone for new in fresh)
         moved = any(old.holds(address) for old in gone for addr in rings for address in (addr.desc, addr.avail, addr.used))
         try:
-            with self._at_rest() if replaced or moved else nullcontext():
+            with self._at_rest() if self._mapped and (replaced or moved) else nullcontext():
+                if self._iotlb is not None and gone:
+                    self._iotlb.flush()
                 calls = self._batch([*(old.gone for old in gone), *(new.there for new in fresh)])
                 if self._mapped and not self._remap(calls):
                     self._sync()
@@ -231,19 +242,21 @@ class LegacyService(LifeCycle):
             self._sync()
 
     def _rem_mem_reg(self, message: Frame, request: m.MemReg) -> None:
-        want = request.region
-        for held in self._memory.regions:
-            r = held.region
-            if (r.guest_addr, r.size, r.user_addr) == (want.guest_addr, want.size, want.user_addr):
-                held.times -= 1
-                if held.times:
-                    return
-                if self._mapped:
-                    self._all([held.gone])
-                self._memory.regions.remove(held)
-                held.close()
-                return
-        raise ValueError(f"there is no region of {want.size:#x} bytes at {want.guest_addr:#x}")
+        held = self._memory.same(request.region)
+        held.times -= 1
+        if held.times:
+            return
+        if self._iotlb is not None:
+            self._iotlb.flush()
+        if self._mapped:
+            self._all([held.gone])
+        self._memory.regions.remove(held)
+        held.close()
+
+    def _iotlb_msg(self, message: Frame, request: m.IotlbMessage) -> None:
+        if self._iotlb is None or not self._translates:
+            raise ValueError("ACCESS_PLATFORM was not accepted")
+        self._iotlb.message(request, self._running)
 
     # Rings -------------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Self
 
 from .. import ops
 from ..flags import ProtocolFeature as P
-from ..wire import EMPTY, U64, Empty, Payload, Struct, VringAddr, VringState, u32, u64
+from ..wire import EMPTY, U64, Empty, Payload, Struct, VringAddr, VringState, u8, u32, u64
 
 MAX_REGIONS = 8
 """Regions in one SET_MEM_TABLE."""
@@ -50,6 +50,20 @@ class MemReg(Struct):
     def of(cls, region: MemoryRegion) -> Self:
         """With the padding."""
         return cls(0, region.guest_addr, region.size, region.user_addr, region.mmap_offset)
+
+
+class IotlbMessage(Struct, pad=6):
+    """Payload of IOTLB_MSG, in either direction: ``struct vhost_iotlb_msg``, 32 bytes. *uaddr* is the front-end's."""
+
+    iova: u64
+    size: u64
+    uaddr: u64
+    perm: u8
+    type: u8
+
+
+MISS, UPDATE, INVALIDATE = 1, 2, 3
+"""Types of an IOTLB message (VHOST_IOTLB_* of linux/vhost_types.h)."""
 
 
 class _TableHead(Struct):
@@ -133,6 +147,7 @@ SET_PROTOCOL_FEATURES = Legacy(16, "SET_PROTOCOL_FEATURES", U64)
 GET_QUEUE_NUM         = Legacy(17, "GET_QUEUE_NUM", reply=U64, needs=P.MQ)
 SET_VRING_ENABLE      = Legacy(18, "SET_VRING_ENABLE", VringState)
 SET_BACKEND_REQ_FD    = Legacy(21, "SET_BACKEND_REQ_FD", needs=P.BACKEND_REQ, fds=(1, 1))
+IOTLB_MSG             = Legacy(22, "IOTLB_MSG", IotlbMessage, needs=P.BACKEND_REQ)
 GET_CONFIG            = Legacy(24, "GET_CONFIG", ConfigSpace, ConfigSpace, P.CONFIG)
 SET_CONFIG            = Legacy(25, "SET_CONFIG", ConfigSpace, needs=P.CONFIG)
 RESET_DEVICE          = Legacy(34, "RESET_DEVICE", needs=P.RESET_DEVICE)
@@ -143,8 +158,10 @@ SET_STATUS            = Legacy(39, "SET_STATUS", U64, needs=P.STATUS)
 GET_STATUS            = Legacy(40, "GET_STATUS", reply=U64, needs=P.STATUS)
 # fmt: on
 
+BACKEND_IOTLB = 1
+"""IOTLB_MSG from back-end to front-end, on the socket of SET_BACKEND_REQ_FD: a MISS."""
 BACKEND_CONFIG_CHANGE = 2
-"""CONFIG_CHANGE_MSG, from back-end to front-end, on the socket of SET_BACKEND_REQ_FD."""
+"""CONFIG_CHANGE_MSG, on the same socket."""
 
 BY_NUMBER: dict[int, Legacy] = {row.number: row for row in list(globals().values()) if isinstance(row, Legacy)}
 
@@ -153,7 +170,6 @@ _OTHER_NAMES = {
     7: "SET_LOG_FD",
     19: "SEND_RARP",
     20: "NET_SET_MTU",
-    22: "IOTLB_MSG",
     23: "SET_VRING_ENDIAN",
     26: "CREATE_CRYPTO_SESSION",
     27: "CLOSE_CRYPTO_SESSION",
@@ -199,4 +215,4 @@ def legacy_fds(number: int, payload: bytes) -> tuple[int, int]:
     return row.fds
 
 
-__all__ = ["BY_NUMBER", "EMPTY", "ConfigSpace", "Legacy", "MemReg", "MemTable", "MemoryRegion", "legacy_fds", "message_name"]
+__all__ = ["BY_NUMBER", "EMPTY", "ConfigSpace", "IotlbMessage", "Legacy", "MemReg", "MemTable", "MemoryRegion", "legacy_fds", "message_name"]
