@@ -28,6 +28,7 @@ vdpa-bridge compare /dev/vhost-vdpa-0 model:blk
 vdpa-bridge compare sim=/dev/vhost-vdpa-0 sock='vhost-user:/run/s?type=blk' model=model:blk
 vdpa-bridge compare a=model:net 'b=vhost-user:s?type=net&vdpa=off' --scenario io --repeat 5
 vdpa-bridge compare /dev/vhost-vdpa-0 model:blk --json=result.json
+vdpa-bridge compare sim=/dev/vhost-vdpa-1 nic=/dev/vhost-vdpa-2 --no-loopback
 vdpa-bridge compare --from result.json
 """,
 )
@@ -41,6 +42,11 @@ vdpa-bridge compare --from result.json
 )
 @click.option("--repeat", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each scenario; times are the median.")
 @click.option(
+    "--no-loopback",
+    is_flag=True,
+    help="Only send frames: the network of a NIC does not give back what is sent to all, as the simulators do.",
+)
+@click.option(
     "--from",
     "source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -48,18 +54,19 @@ vdpa-bridge compare --from result.json
     help="Show a result that --json=FILE wrote.",
 )
 @common_options
-def command(targets: tuple[str, ...], scenarios: tuple[str, ...], repeat: int, source: Path | None, output: Output, trace: Trace) -> int:
+def command(targets: tuple[str, ...], scenarios: tuple[str, ...], repeat: int, no_loopback: bool, source: Path | None, output: Output, trace: Trace) -> int:
     """Run scenarios on each TARGET and compare every answer with that of the first one.
 
     Devices of one type can be compared, also different models of it: capacities, feature words and the like are facts
     of a device and are not compared. Writes to the first MiB of a disk and puts back what was there; expects of a
-    network device that it loops broadcasts back, as vdpa_sim_net and model:net do. The label
-    vp_vdpa or qemu-storage-daemon says that the target is one, which may answer as the table of differences has it.
+    network device that it loops broadcasts back, as vdpa_sim_net and model:net do, unless --no-loopback is given. The label
+    qemu-storage-daemon says that the target is one, which may answer as the table of differences has it; kernel devices and
+    sockets say themselves what they are.
     Exit status 1: a difference that is not documented.
     """
     if (source is None) == (not targets):
         raise click.UsageError("give targets, or --from with a result")
-    result = _read(source) if source is not None else _run(targets, scenarios, repeat, trace)
+    result = _read(source) if source is not None else _run(targets, scenarios, repeat, not no_loopback, trace)
     output.emit(result.to_json(), lambda: _print(result))
     return int(result.count("different") > 0)
 
@@ -70,7 +77,7 @@ def _read(source: Path) -> Comparison:
     return Comparison.from_json(json.loads(source.read_text()))
 
 
-def _run(targets: Sequence[str], scenarios: Sequence[str], repeat: int, trace: Trace) -> Comparison:
+def _run(targets: Sequence[str], scenarios: Sequence[str], repeat: int, loops: bool, trace: Trace) -> Comparison:
     from ..compare import SCENARIOS, Place, run_all
 
     if len(targets) < 2:
@@ -80,6 +87,7 @@ def _run(targets: Sequence[str], scenarios: Sequence[str], repeat: int, trace: T
     places = [Place.parse(text) for text in targets]
     for place in places:
         place.wrap = trace.wrap
+        place.loops = loops
     return run_all(places, scenarios or tuple(SCENARIOS), repeat, lambda line: click.echo(line, err=True))
 
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 OK, NOT_OFFERED, NOT_REACHED = "ok", "not offered", "not reached"
 
 _LABEL = re.compile(r"([A-Za-z][\w.-]*)=(.+)")
-_HOMES = ("vp_vdpa", "qemu-storage-daemon")
+_HOMES = ("qemu-storage-daemon",)
 """Homes of the table of differences that a target cannot tell by itself; its label does."""
 
 
@@ -51,6 +51,8 @@ class Place:
     label: str
     target: Target
     wrap: Callable[[Backend, str], Backend] = lambda backend, label: backend
+    loops: bool = True
+    """Whether the network behind a network device gives back what is sent to all."""
     facts: dict[str, object] = field(default_factory=dict)
     told: tuple[str, ...] = ()
     """Traits of the back-end."""

@@ -35,8 +35,8 @@ def restart(run: Run) -> None:
     elif run.is_net:
         with run.must("bring up", "nic", lambda: NetDriver(run.device)) as nic:
             sent = frame(nic, 200, 11)
-            _cycle(run, nic, lambda: echo(nic, sent), sent)
-            _suspend(run, nic, 1, lambda: echo(nic, sent), sent, ([bytes(nic.header) + sent], []))
+            _cycle(run, nic, lambda: echo(run, nic, sent), sent if run.place.loops else b"")
+            _suspend(run, nic, 1, lambda: echo(run, nic, sent), sent if run.place.loops else b"", ([bytes(nic.header) + sent], []))
     else:
         with run.must("bring up", "all queues", lambda: Driver(run.device)) as driver:
             _cycle(run, driver, lambda: b"", b"")

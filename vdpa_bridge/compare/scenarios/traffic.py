@@ -43,10 +43,15 @@ def mac_of(nic: NetDriver) -> bytes:
     return bytes.fromhex(nic.mac.replace(":", "") or "020000000001")
 
 
-def echo(nic: NetDriver, sent: bytes) -> bytes:
-    """Send a frame and wait for what comes."""
+def echo(run: Run, nic: NetDriver, sent: bytes) -> bytes:
+    """Send a frame and wait for what comes; for nothing where the network does not loop."""
     nic.send(sent)
-    return nic.receive()
+    return nic.receive() if run.place.loops else b""
+
+
+def came(run: Run, got: bytes, sent: bytes) -> str:
+    """As ``same``; ``sent`` where nothing can come."""
+    return same(got, sent) if run.place.loops else "sent"
 
 
 def rewrite(disk: BlkDriver, offset: int, data: bytes) -> bytes:
@@ -74,6 +79,6 @@ def check_traffic(run: Run, case: str) -> None:
     elif run.is_net:
         with run.must("bring up", f"nic {case}", lambda: NetDriver(run.device)) as nic:
             data = frame(nic, 600, 7)
-            run.step("send", f"and receive {case}", lambda: echo(nic, data), show=lambda got: same(got, data))
+            run.step("send", f"and receive {case}", lambda: echo(run, nic, data), show=lambda got: came(run, got, data))
     else:
         run.must("bring up", f"all queues {case}", lambda: Driver(run.device)).close()

@@ -27,6 +27,7 @@ def wrong(run: Run) -> None:
         run.device.identify()
         run.op(ops.SET_BACKEND_FEATURES, "an unknown bit", U64(_UNKNOWN_BIT))
         run.must("own", "", run.device.own)
+        run.op(ops.SET_VRING_BASE, "before FEATURES_OK", VringState(0, 0))
         run.must("negotiate", "", lambda: run.device.negotiate(0))
         _queues(run, run.device.identify().queues)
         _rings(run)
@@ -53,6 +54,7 @@ def _rings(run: Run) -> None:
     run.op(ops.SET_VRING_ADDR, "used not aligned", VringAddr(0, 0, Iova(0), Iova(2), Iova(0), 0))
     run.op(ops.SET_VRING_ADDR, "an unknown flag", VringAddr(0, 2, Iova(0), Iova(0), Iova(0), 0))
     run.op(ops.SET_VRING_BASE, "65536", VringState(0, 0x10000))
+    run.op(ops.SET_VRING_BASE, "not 0", VringState(0, 7))
     with _plain_file() as plain:
         run.op(ops.SET_VRING_KICK, "no eventfd", VringFile(0, plain))
         run.op(ops.SET_VRING_CALL, "no eventfd", VringFile(0, plain))
