@@ -45,8 +45,11 @@ def read_pcap(path: Path) -> list[bytes]:
     return frames
 
 
-def bounce_many(socket_path: str, directory: Path, frames: Sequence[list[bytes]], options: str = "") -> list[list[bytes]]:
-    """Send *frames*, a list for each queue pair, from pcap files into the socket's device; what comes back on each, in order."""
+def bounce_many(socket_path: str, directory: Path, frames: Sequence[list[bytes]], options: str = "", eal: Sequence[str] = ()) -> list[list[bytes]]:
+    """Send *frames*, a list for each queue pair, from pcap files into the socket's device; what comes back on each, in order.
+
+    *options* are of the virtio-user port, *eal* of DPDK.
+    """
     count, total, log = len(frames), sum(map(len, frames)), directory / "log"
     files = [(directory / f"in{at}.pcap", directory / f"out{at}.pcap") for at in range(count)]
     for (source, _), some in zip(files, frames, strict=True):
@@ -55,6 +58,7 @@ def bounce_many(socket_path: str, directory: Path, frames: Sequence[list[bytes]]
     queues = f",queues={count},cq=1" if count > 1 else ""
     command = [
         *("dpdk-testpmd", "--lcores", f"0@0,1@{min(1, (os.cpu_count() or 1) - 1)}", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf"),
+        *eal,
         *("--vdev", f"net_virtio_user0,path={socket_path},queue_size=256{queues}{options}", "--vdev", f"net_pcap0{pcap}"),
         *("--", "--nb-cores=1", "--forward-mode=io", "--no-flush-rx", "--auto-start", "--stats-period=1", "--total-num-mbufs=8192"),
         *(f"--rxq={count}", f"--txq={count}"),
@@ -77,9 +81,9 @@ def bounce_many(socket_path: str, directory: Path, frames: Sequence[list[bytes]]
     return got
 
 
-def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str = "") -> list[bytes]:
+def bounce(socket_path: str, directory: Path, frames: list[bytes], options: str = "", eal: Sequence[str] = ()) -> list[bytes]:
     """The same over one queue pair."""
-    return bounce_many(socket_path, directory, [frames], options)[0]
+    return bounce_many(socket_path, directory, [frames], options, eal)[0]
 
 
 def make_frames(seed: int, count: int) -> list[bytes]:
