@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from vdpa_bridge.models import Model
 from vdpa_bridge.models.base import Queue
-from vdpa_bridge.virtio.features import ConsoleFeature, VsockFeature
+from vdpa_bridge.virtio.features import ConsoleFeature, I2cFeature, VsockFeature
 from vdpa_bridge.virtio.ids import DeviceId
 
 
@@ -211,3 +211,69 @@ class Keyboard(Talker):
 
     def hear(self, queue: int, data: bytes) -> None:
         self.say(0, data)
+
+
+class Lines(Model):
+    """Three lines; the first is what the second was set to."""
+
+    device_id = DeviceId.GPIO
+    features = 0
+    queue_count = 1
+    NAMES = b"out\0\0in\0"
+
+    def __init__(self) -> None:
+        self.directions = [0, 0, 0]
+        self.values = [0, 0, 0]
+
+    def config(self) -> bytes:
+        return struct.pack("<HHI", 3, 0, len(self.NAMES))
+
+    def process(self, queues: Mapping[int, Queue], index: int) -> None:
+        for chain in queues[0].pop():
+            kind, line, value = struct.unpack("<HHI", chain.read())
+            answer = b"\0\0"
+            if kind == 1:
+                answer = b"\0" + self.NAMES
+            elif kind == 2:
+                answer = bytes((0, self.directions[line]))
+            elif kind == 3:
+                self.directions[line] = value
+            elif kind == 4 and self.directions[line]:
+                answer = bytes((0, self.values[line]))
+            elif kind == 5 and self.directions[line] == 1:
+                self.values = [value if at in (line, 2) else each for at, each in enumerate(self.values)]
+            else:
+                answer = b"\1\0"
+            queues[0].push([(chain, chain.write(answer))])
+
+
+class Bus(Model):
+    """A memory of 256 bytes at address 0x50: a write's first byte is where to, a read goes on from there."""
+
+    device_id = DeviceId.I2C
+    features = I2cFeature.ZERO_LENGTH_REQUEST
+    queue_count = 1
+
+    def __init__(self) -> None:
+        self.memory = bytearray(256)
+        self._at = 0
+        self._failed = False
+
+    def config(self) -> bytes:
+        return b""
+
+    def process(self, queues: Mapping[int, Queue], index: int) -> None:
+        for chain in queues[0].pop():
+            request = chain.read()
+            address, _, flags = struct.unpack_from("<HHI", request)
+            data, room = request[8:], chain.writable - 1
+            failed = self._failed or address != 0x50 << 1
+            self._failed = failed and bool(flags & 1)
+            answer = b""
+            if flags & 2:
+                answer = bytes(self.memory[(self._at + at) % 256] for at in range(room))
+            elif data and not failed:
+                self._at = data[0]
+                for at, byte in enumerate(data[1:]):
+                    self.memory[(self._at + at) % 256] = byte
+            queues[0].push([(chain, chain.write(answer + bytes([failed])))])

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tests.support.driven import quiet
 from tests.support.homes import socket_path
-from tests.support.peripherals import EchoConsole, ScsiDisk
+from tests.support.peripherals import EchoConsole, ScsiDisk, SocketHost
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.cli import main
 from vdpa_bridge.models import Model
@@ -101,3 +101,13 @@ def test_scsi(serve: Serve, tmp_path: Path) -> None:
     assert bytes.fromhex(answer["data"])[4:] == b"SERIAL"
     assert "there is no such target" in fails(1, "scsi", target, "command", "000000000000")
     assert "TARGET:LUN" in fails(2, "scsi", "--unit", "1", target, "info")
+
+
+def test_vsock(serve: Serve) -> None:
+    target = serve(SocketHost())
+    assert good("vsock", target, "info") == "context id 42\n"
+    data = bytes(range(256)) * 50
+    answer = json.loads(good("vsock", target, "connect", "7", "--json", stdin=data))
+    assert answer == {"sent": len(data), "received": len(data), "data": data.hex()}
+    assert "was refused" in fails(1, "vsock", target, "connect", "8")
+    assert "connection to port 5" in fails(1, "vsock", target, "listen", "5", "--timeout", "0.1")

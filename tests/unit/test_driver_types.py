@@ -12,10 +12,22 @@ import pytest
 
 from tests.support.driven import opened, quiet
 from tests.support.homes import socket_path
-from tests.support.peripherals import EchoConsole, Keyboard, ScsiDisk, SocketHost
+from tests.support.liars import Files
+from tests.support.peripherals import Bus, EchoConsole, Keyboard, Lines, ScsiDisk, SocketHost
 from vdpa_bridge import Device, Target
 from vdpa_bridge.backends.model import ModelDevice
-from vdpa_bridge.drivers import ConsoleDriver, GenericDriver, InputDriver, RngDriver, ScsiDriver, VsockDriver
+from vdpa_bridge.drivers import (
+    ConsoleDriver,
+    FsDriver,
+    GenericDriver,
+    GpioDriver,
+    I2cDriver,
+    InputDriver,
+    RngDriver,
+    ScsiDriver,
+    VsockDriver,
+)
+from vdpa_bridge.drivers.gpio import Direction
 from vdpa_bridge.drivers.input import EV_KEY, Event
 from vdpa_bridge.drivers.scsi import Inquiry, ScsiError
 from vdpa_bridge.errors import FeatureError
@@ -256,3 +268,56 @@ def test_input(home: Homes) -> None:
             keyboard.read(timeout=0.05)
 
 
+
+
+# Lines and buses -------------------------------------------------------------------------------------------------------------
+
+
+def test_gpio(home: Homes) -> None:
+    with home(Lines()) as device, GpioDriver(device) as gpio:
+        assert gpio.lines == 3
+        assert gpio.names() == ["out", "", "in"]
+        gpio.set_direction(0, Direction.OUT)
+        gpio.set_direction(2, Direction.IN)
+        assert [gpio.direction(line) for line in range(3)] == [Direction.OUT, Direction.NONE, Direction.IN]
+        for high in (True, False):
+            gpio.set_value(0, high)
+            assert (gpio.value(0), gpio.value(2)) == (high, high)
+        with pytest.raises(OSError, match="request 4 for line 1: the device reports status 1"):
+            gpio.value(1)
+        with pytest.raises(ValueError, match="no line 3"):
+            gpio.value(3)
+
+
+def test_i2c(home: Homes) -> None:
+    with home(Bus()) as device, I2cDriver(device) as bus:
+        assert bus.transfer(0x50) == b""
+        assert bus.transfer(0x50, b"\x10hello") == b""
+        assert bus.transfer(0x50, b"\x10", 5) == b"hello"
+        assert bus.transfer(0x50, count=2) == b"he"
+        for data, count in ((b"", 0), (b"x", 0), (b"x", 3), (b"", 3)):
+            with pytest.raises(OSError, match="transfer to address 0x51 failed: status 1"):
+                bus.transfer(0x51, data, count)
+        assert bus.transfer(0x50, b"\x12", 3) == b"llo"
+        with pytest.raises(ValueError, match="more than 7 bits"):
+            bus.transfer(0x80)
+
+
+# Files -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_fs(home: Homes) -> None:
+    """Every node looked up is forgotten, and every file opened is closed again, errors or not."""
+    files = Files()
+    with home(files) as device, FsDriver(device) as fs:
+        assert fs.list("/") == {"dir": 4, "link": 10}
+        assert fs.list("dir") == {"file": 8}
+        assert b"".join(fs.read("/dir//file")) == Files.CONTENT
+        assert (fs.stat("dir/file").size, fs.stat("/").mode, fs.stat("dir").mtime) == (len(Files.CONTENT), 0o40755, 6.5)
+        assert fs.readlink("link") == "dir/file"
+        for path, number in (("dir/no", errno.ENOENT), ("dir", errno.EISDIR)):
+            with pytest.raises(OSError, match="request") as refused:
+                list(fs.read(path))
+            assert refused.value.errno == number
+        next(iter(fs.read("dir/file")))
+        fs.wait(lambda: not files.opened and not any(files.known), "the last RELEASE and FORGET")

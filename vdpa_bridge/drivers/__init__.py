@@ -8,6 +8,8 @@ from .blk import BlkDriver, BlkInfo, BlkRequest
 from .console import ConsoleDriver
 from .fs import FsDriver
 from .generic import GenericDriver
+from .gpio import GpioDriver
+from .i2c import I2cDriver
 from .input import InputDriver
 from .net import NetDriver
 from .rng import RngDriver
@@ -22,6 +24,8 @@ __all__ = [
     "Driver",
     "FsDriver",
     "GenericDriver",
+    "GpioDriver",
+    "I2cDriver",
     "InputDriver",
     "NetDriver",
     "RngDriver",

@@ -80,7 +80,7 @@ class FsDriver(Driver):
         """See ``Driver``; ends the session before."""
         alive, self._alive = self._alive, False
         if alive:
-            with contextlib.suppress(OSError, ProtocolError):
+            with contextlib.suppress(OSError, ProtocolError, ValueError):  # ValueError: there are no rings any more
                 self._request(DESTROY, 0, b"", 0, timeout=1)
         super().close()
 
@@ -121,14 +121,14 @@ class FsDriver(Driver):
             yield node, attributes
         finally:
             for each in known:
-                self._forget(each)
+                self._post(FORGET, each, struct.pack("<Q", 1), HIPRIO, 0)
 
-    def _forget(self, node: int) -> None:
-        """Without an answer, and without waiting; a device that takes no more will be reset anyway."""
+    def _post(self, opcode: int, node: int, data: bytes, queue: int, room: int) -> None:
+        """A request whose answer nobody waits for; while the device takes none, it is not sent."""
         self._unique += 1
-        header = _IN.pack(_IN.size + 8, FORGET, self._unique, node, 0, 0, 0, 0)
-        with contextlib.suppress(MemoryError, OSError):
-            self.post(HIPRIO, [header + struct.pack("<Q", 1)])
+        header = _IN.pack(_IN.size + len(data), opcode, self._unique, node, 0, 0, 0, 0)
+        with contextlib.suppress(MemoryError, OSError, ValueError):  # ValueError: the driver was closed meanwhile
+            self.post(queue, [header + data], [room] if room else [])
 
     @contextlib.contextmanager
     def _opened(self, node: int, path: str, directory: bool) -> Iterator[int]:
@@ -136,8 +136,10 @@ class FsDriver(Driver):
         opcode, release = (OPENDIR, RELEASEDIR) if directory else (OPEN, RELEASE)
         answer = self._request(opcode, node, struct.pack("<II", os.O_RDONLY, 0), _OPEN.size, path, _OPEN.size)
         handle = int(_OPEN.unpack_from(answer)[0])
-        yield handle
-        self._request(release, node, _RELEASE.pack(handle, os.O_RDONLY, 0, 0), 0, path)
+        try:
+            yield handle
+        finally:
+            self._post(release, node, _RELEASE.pack(handle, os.O_RDONLY, 0, 0), REQUESTS, _OUT.size)
 
     # Files -------------------------------------------------------------------------------------------------------------
 
