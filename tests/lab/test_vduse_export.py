@@ -187,7 +187,7 @@ def test_a_node_for_drivers_in_user_space(seen: Seen) -> None:
                 assert disk.read(MIB, len(data)) == data
         with exported("vd2", "model:blk?size=8M") as second:
             assert second.process.wait(60) == 1
-            assert "vdpa dev del vd2" in second.said()
+            assert "vdpa-bridge mgmt dev del vd2" in second.said()
         Path("/sys/class/vduse/vd2/msg_timeout").write_text("1")
         with connect(node) as vdpa, BlkDriver(vdpa) as disk:
             disk.write(0, b"x" * 512)

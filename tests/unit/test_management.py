@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 from vdpa_bridge import Target
@@ -83,6 +84,14 @@ def test_the_bus_is_read(sysfs: Path) -> None:
         with pytest.raises(FileNotFoundError, match=says) as refused:
             Target.parse(f"vdpa:{name}").open()
         assert refused.value.__notes__ == [f"vdpa-bridge explain vdpa:{name} says more"]
+
+
+def test_shells_complete_names(sysfs: Path) -> None:
+    from vdpa_bridge.cli.mgmt import dev
+
+    delete = dev.get_command(click.Context(dev), "del")
+    assert delete is not None
+    assert [item.value for item in delete.params[0].shell_complete(click.Context(delete), "u")] == ["user"]
 
 
 def test_names_that_lead_elsewhere_are_refused(sysfs: Path) -> None:

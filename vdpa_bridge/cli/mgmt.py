@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 Section = dict[str, dict[str, Any]]
 
 
+def _complete_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: devices on the bus."""
+    from ..system.vdpa_bus import bus_devices
+
+    return [device.name for device in bus_devices() if device.name.startswith(incomplete)]
+
+
 @click.group(
     cls=Group,
     short_help="Make, change, ask and bind kernel devices.",
@@ -74,7 +81,7 @@ def mgmtdev_show(handle: str, output: Output, trace: Trace) -> None:
 
 
 @dev.command("show", cls=Command)
-@click.argument("name", default="")
+@click.argument("name", default="", shell_complete=_complete_device)
 @common_options
 def dev_show(name: str, output: Output, trace: Trace) -> None:
     """Show all devices, or NAME."""
@@ -95,7 +102,7 @@ def dev_add(words: tuple[str, ...], output: Output, trace: Trace) -> None:
 
 
 @dev.command("del", cls=Command)
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_device)
 @common_options
 def dev_del(name: str, output: Output, trace: Trace) -> None:
     """Delete device NAME; refused while somebody has it open."""
@@ -117,7 +124,7 @@ def dev_set(words: tuple[str, ...], output: Output, trace: Trace) -> None:
 
 
 @config.command("show", cls=Command)
-@click.argument("name", default="")
+@click.argument("name", default="", shell_complete=_complete_device)
 @common_options
 def config_show(name: str, output: Output, trace: Trace) -> None:
     """Show the configuration space of all devices, or of NAME."""
@@ -126,7 +133,7 @@ def config_show(name: str, output: Output, trace: Trace) -> None:
 
 
 @vstats.command("show", cls=Command)
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_device)
 @click.argument("words", nargs=-1, metavar="qidx INDEX")
 @common_options
 def vstats_show(name: str, words: tuple[str, ...], output: Output, trace: Trace) -> None:
@@ -139,7 +146,7 @@ def vstats_show(name: str, words: tuple[str, ...], output: Output, trace: Trace)
 
 
 @command.command("bind", cls=Command, examples="sudo vdpa-bridge mgmt bind net0 virtio_vdpa\nsudo vdpa-bridge mgmt bind pci/0000:00:10.0 vp-vdpa")
-@click.argument("handle", metavar="NAME|pci/ADDRESS")
+@click.argument("handle", metavar="NAME|pci/ADDRESS", shell_complete=_complete_device)
 @click.argument("driver")
 @common_options
 def bind(handle: str, driver: str, output: Output, trace: Trace) -> None:

@@ -40,7 +40,7 @@ vdpa-bridge vduse nic0 model:net --driver vhost_vdpa
     type=click.Choice(["virtio_vdpa", "vhost_vdpa", "none"]),
     default="virtio_vdpa",
     show_default=True,
-    help="Who gets it: the kernel's own virtio drivers, /dev/vhost-vdpa-N, or nobody yet (vdpa dev add).",
+    help="Who gets it: the kernel's own virtio drivers, /dev/vhost-vdpa-N, or nobody yet (vdpa-bridge mgmt dev add).",
 )
 @common_options
 def command(name: str, target: str, driver: str, output: Output, trace: Trace) -> None:

@@ -106,7 +106,7 @@ class Exporter:
                 self._control.create(self.name, kind, features, self._queues, config)
             except OSError as error:
                 raise device_error(
-                    error.errno or 0, "VDUSE", self.name, f"this name is in use: another process serves it, or the device is still on the bus (vdpa dev del {self.name})"
+                    error.errno or 0, "VDUSE", self.name, f"this name is in use: another process serves it, or the device is still on the bus (vdpa-bridge mgmt dev del {self.name})"
                 ) from None
         except OSError as error:
             why = {errno.EPERM: "a network device needs CAP_NET_ADMIN", errno.EINVAL: "the kernel refuses this kind of device"}.get(error.errno or 0, "")
@@ -126,7 +126,7 @@ class Exporter:
                     self._control.destroy(self.name)
                     self._made = False
             except OSError as error:
-                _log.error("%s: the kernel keeps the device: %s (vdpa dev del %s)", self.name, reason(error), self.name)
+                _log.error("%s: the kernel keeps the device: %s (vdpa-bridge mgmt dev del %s)", self.name, reason(error), self.name)
             self._control.close()
             self._control = None
         self._device.close()
