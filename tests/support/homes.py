@@ -58,6 +58,13 @@ class Home:
         return f"{self.name}-{self.kind}"
 
     @property
+    def lives(self) -> tuple[str, tuple[str, ...]]:
+        """Where the device lives and how it is reached, in the words of docs/devices.md."""
+        make = self.name.partition("-")[0]
+        where = {"qsd": "qemu-storage-daemon", "sim": "vdpa_sim", "vp": "vp_vdpa", "vduse": "VDUSE"}.get(make, make) if self.mark else "model"
+        return where, ("legacy",) if "legacy" in self.traits else ("vDPA mode",) if "vhost-user" in self.traits else ()
+
+    @property
     def missing(self) -> str:
         """Why this home cannot be had here, empty if it can."""
         return self.needs(self.kind)

@@ -14,6 +14,7 @@ from tests.support.driven import opened, quiet
 from tests.support.homes import socket_path
 from tests.support.liars import Files
 from tests.support.peripherals import Bus, EchoConsole, Keyboard, Lines, ScsiDisk, SocketHost
+from tests.support.seen import Seen
 from vdpa_bridge import Device, Target
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.drivers import (
@@ -27,10 +28,12 @@ from vdpa_bridge.drivers import (
     ScsiDriver,
     VsockDriver,
 )
+from vdpa_bridge.drivers.base import RING_FEATURES
 from vdpa_bridge.drivers.gpio import Direction
 from vdpa_bridge.drivers.input import EV_KEY, Event
 from vdpa_bridge.drivers.scsi import Inquiry, ScsiError
 from vdpa_bridge.errors import FeatureError
+from vdpa_bridge.flags import Feature
 from vdpa_bridge.models import Model, RngModel
 from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtio.ids import device_name
@@ -38,9 +41,10 @@ from vdpa_bridge.virtio.ids import device_name
 __all__ = ["quiet"]  # an autouse fixture
 
 Homes = Callable[[Model], AbstractContextManager[Device]]
+WAYS = ["here", "vDPA mode", "legacy"]
 
 
-@pytest.fixture(params=["here", "vDPA mode", "legacy"])
+@pytest.fixture(params=WAYS)
 def home(request: pytest.FixtureRequest) -> Homes:
     """Opens a model where it is, or behind a server and a socket."""
     if request.param == "here":
@@ -61,12 +65,16 @@ def home(request: pytest.FixtureRequest) -> Homes:
     return served
 
 
-def test_rng(home: Homes) -> None:
-    with home(RngModel()) as device, RngDriver(device) as rng:
+@pytest.mark.parametrize("rings", ["split", "packed"])
+def test_rng(home: Homes, request: pytest.FixtureRequest, rings: str, seen: Seen) -> None:
+    features = RING_FEATURES | (Feature.RING_PACKED if rings == "packed" else 0)
+    with home(RngModel()) as device, RngDriver(device, ring_features=features) as rng:
+        assert rng.features & features == features
         assert rng.read(0) == b""
         data = rng.read(100_000)
         assert len(data) == 100_000
         assert set(data) == set(range(256))
+    seen("devices", "rng", "rng", "model", rings, *set(WAYS[1:]) & set(request.node.callspec.params.values()))
 
 
 def test_generic(home: Homes) -> None:
