@@ -241,13 +241,16 @@ def test_device_that_lies_costs_a_reset(caplog: pytest.LogCaptureFixture) -> Non
 
 
 class Behind(Backend):
-    """Passes everything on; tests change an answer."""
+    """Passes everything on; tests look at a request, or change an answer."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name = backend, backend.name
         self.answers: dict[Op[Any, Any], Any] = {}
+        self.seen: dict[Op[Any, Any], Any] = {}
 
     def call(self, op: Op[Any, Any], request: Any) -> Any:
+        if op in self.seen:
+            self.seen[op](request)
         reply = self.backend.call(op, request)
         return self.answers[op](reply) if op in self.answers else reply
 
@@ -290,9 +293,12 @@ def test_client_that_says_driver_ok_alone() -> None:
         device = Device(backend)
         device.own()
         begun = Status.ACKNOWLEDGE | Status.DRIVER
+        accepted: list[int] = []
+        behind.seen[ops.SET_FEATURES] = lambda request: accepted.append(request.value)
         device.set_status(begun)
         backend.call(ops.SET_FEATURES, U64(Feature.VERSION_1 | Feature.ACCESS_PLATFORM))
         device.set_status(begun | Status.DRIVER_OK)
+        assert accepted == [Feature.VERSION_1 | Feature.ACCESS_PLATFORM]
         assert behind.call(ops.GET_STATUS, EMPTY).value == begun | Status.FEATURES_OK | Status.DRIVER_OK
         assert device.get_status() == begun | Status.DRIVER_OK
 

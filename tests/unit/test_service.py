@@ -175,6 +175,7 @@ def test_a_configuration_says_everything_and_options_are_its_defaults(folder: Pa
         socket-group = {os.getgid()}
         timeout = 0.5
         vdpa = "off"
+        relay = "on"
         [[device]]
         target = "model:blk?serial=two"
         socket-path = "{folder}/two.sock"
@@ -203,6 +204,7 @@ def test_a_configuration_says_everything_and_options_are_its_defaults(folder: Pa
         ("[[device]]\ntarget='model:blk'\nsocket-path='s'\nsocket-mode=660", 'octal, as in "660"'),
         ("[[device]]\ntarget='model:blk'\nsocket-path='s'\nsocket-mode='999'", "999 is not an octal mode"),
         ("[[device]]\ntarget='model:blk'\nsocket-path='s'\nsocket-group='nosuchgroup'", "no group is called 'nosuchgroup'"),
+        ("[[device]]\ntarget='model:blk'\nsocket-path='s'\nrelay='maybe'", "relay = maybe; it is auto, on or off"),
         ("[[device]]\ntarget='model:blk'\nsocket-path='s'\ntimeout='5'", "not a number of seconds"),
         ("[[device]]\ntarget='model:blk'\nsocket-path='s'\ntimeout=0", "0.1 to 3600"),
         ("[[device]]\ntarget='model:blk'\nsocket-path='s'\ntimeout=nan", "0.1 to 3600"),

@@ -151,7 +151,7 @@ class RelayBackend(RuledBackend):
         return U8(status & ~Status.FEATURES_OK if self._refused else status)
 
     def _on_status(self, new: int, starts: bool) -> None:
-        if new & ~self._status & Status.FEATURES_OK:
+        if (starts or new & Status.FEATURES_OK) and not self._agreed:
             self._agree()
         if starts:
             if self._refused:
@@ -192,7 +192,7 @@ class RelayBackend(RuledBackend):
         self._memory.was_reset()
         if error := first_error(answers):
             raise error
-        self._refused = not answers[-1].value & Status.FEATURES_OK
+        self._agreed, self._refused = True, not answers[-1].value & Status.FEATURES_OK
 
     def _start(self) -> None:
         """From FEATURES_OK on: a ring of ours behind each that the client has, memory, DRIVER_OK; then the client's rings."""
