@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -34,3 +36,14 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(LegacyService, "handle", counting)
     return count
+
+
+@pytest.fixture(scope="session")
+def packet_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A static program that sends frames on a packet socket and compares what comes back."""
+    source = Path(__file__).parents[1] / "support" / "packets.c"
+    program = tmp_path_factory.mktemp("packets") / "packets"
+    gcc = shutil.which("gcc")
+    assert gcc is not None
+    subprocess.run([gcc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)], check=True)
+    return program.read_bytes()

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -46,17 +44,6 @@ def test_entropy(short_dir: Path, seen: Seen) -> None:
     packed = int(result.output.split("packed ")[1].split()[0])
     assert packed > 65536, "random bytes do not compress"
     seen("clients", "QEMU", "rng", "model", "split")
-
-
-@pytest.fixture(scope="session")
-def packet_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A static program that sends frames on a packet socket and compares what comes back."""
-    source = Path(__file__).parents[1] / "support" / "packets.c"
-    program = tmp_path_factory.mktemp("packets") / "packets"
-    gcc = shutil.which("gcc")
-    assert gcc is not None
-    subprocess.run([gcc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)], check=True)
-    return program.read_bytes()
 
 
 def test_frames(short_dir: Path, packet_program: bytes, seen: Seen) -> None:

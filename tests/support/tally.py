@@ -22,6 +22,10 @@ class _Tallied:
     def __init__(self, index: int, queue: Queue, count: Counter[int]) -> None:
         self._index, self._queue, self._count = index, queue, count
 
+    @property
+    def waits(self) -> bool:
+        return self._queue.waits
+
     def pop(self, limit: int = 64) -> list[Chain]:
         return self._queue.pop(limit)
 

@@ -42,6 +42,11 @@ class ServedQueue:
         self.missed = False
         """Whether the next one there has to wait for mappings, and nobody was told yet."""
 
+    @property
+    def waits(self) -> bool:
+        """See ``models.base.Queue``."""
+        return self.queue.waits
+
     def pop(self, limit: int = 64) -> list[Chain]:
         """See ``models.base.Queue``."""
         chains = self.queue.pop_many(limit)

@@ -24,6 +24,10 @@ RING_FEATURES = (
 class Queue(Protocol):
     """The device's end of one virtqueue, as a model sees it."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next chain is there, but its memory is not mapped yet: ``process`` is called for the queue when it is."""
+
     def pop(self, limit: int = 64) -> list[Chain]:
         """Take up to *limit* chains that the driver made available; empty when there are none."""
 

@@ -24,6 +24,8 @@ from .options import check_options, parse_count
 MOST_PAIRS = 64
 LONGEST = 4096
 """Bytes of header and frame that come back; the rest is cut off."""
+MOST_KEPT = 256
+"""Frames of a pair that wait for mappings at most."""
 DEFAULT_MAC = "02:00:00:00:00:01"
 DEFAULT_MTU = 1500
 
@@ -32,6 +34,11 @@ _LINK_UP = 1
 _MAC_ADDR_SET = bytes((1, 1))
 _VQ_PAIRS_SET = bytes((4, 0))
 _OK, _ERR = b"\0", b"\1"
+
+
+def _copy(frame: Chain | bytes, buffer: Chain) -> int:
+    """Bytes copied into a receive buffer."""
+    return buffer.write(frame) if isinstance(frame, bytes) else buffer.copy_from(frame, length=LONGEST)
 
 
 class NetModel(Model):
@@ -83,6 +90,7 @@ class NetModel(Model):
         self._multiqueue = bool(features & F.MQ)
         self._ctrl = self._control(features)
         self._used = self.pairs
+        self._kept: dict[int, list[bytes]] = {}
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of one queue."""
@@ -91,14 +99,21 @@ class NetModel(Model):
             ctrl = queues[index]
             ctrl.push([(chain, chain.write(self._command(chain.read(0, 64)))) for chain in ctrl.pop()])
         elif tx < self._ctrl and rx in queues and tx in queues:
-            self._loop(queues[rx], queues[tx], rx // 2 < self._used)
+            self._loop(queues[rx], queues[tx], rx // 2)
 
-    def _loop(self, rx: Queue, tx: Queue, used: bool) -> None:
-        """Frames are given back on both queues at once, received before sent: a driver that sees its frame sent finds it received."""
+    def _loop(self, rx: Queue, tx: Queue, pair: int) -> None:
+        """Frames are given back on both queues at once, received before sent: a driver that sees its frame sent finds it received.
+
+        Frames whose receive buffer is not mapped yet are kept until it is.
+        """
         sent = tx.pop()
-        looped = [chain for chain in sent if self._accepts(chain)] if used else []
-        room = rx.pop(len(looped)) if looped else []
-        rx.push([(buffer, buffer.copy_from(chain, length=LONGEST)) for buffer, chain in zip(room, looped, strict=False)])
+        frames: list[Chain | bytes] = [*self._kept.pop(pair, ())]
+        frames += [chain for chain in sent if self._accepts(chain)] if pair < self._used else []
+        room = rx.pop(len(frames)) if frames else []
+        rx.push([(buffer, _copy(frame, buffer)) for buffer, frame in zip(room, frames, strict=False)])
+        if rx.waits and len(room) < len(frames):
+            late = frames[len(room) : len(room) + MOST_KEPT]
+            self._kept[pair] = [frame if isinstance(frame, bytes) else frame.read(0, LONGEST) for frame in late]
         tx.push([(chain, 0) for chain in sent])
 
     def _accepts(self, chain: Chain) -> bool:
