@@ -214,7 +214,7 @@ class Keyboard(Talker):
 
 
 class Lines(Model):
-    """Three lines; the first is what the second was set to."""
+    """Three lines; the last is what any was set to last. A value may be set before the direction (5.18.6.6)."""
 
     device_id = DeviceId.GPIO
     features = 0
@@ -240,7 +240,7 @@ class Lines(Model):
                 self.directions[line] = value
             elif kind == 4 and self.directions[line]:
                 answer = bytes((0, self.values[line]))
-            elif kind == 5 and self.directions[line] == 1:
+            elif kind == 5:
                 self.values = [value if at in (line, 2) else each for at, each in enumerate(self.values)]
             else:
                 answer = b"\1\0"

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from tests.support.driven import quiet
 from tests.support.homes import socket_path
-from tests.support.peripherals import EchoConsole, ScsiDisk, SocketHost
+from tests.support.liars import Files
+from tests.support.peripherals import Bus, EchoConsole, Keyboard, Lines, ScsiDisk, SocketHost
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.cli import main
 from vdpa_bridge.models import Model
@@ -111,3 +112,35 @@ def test_vsock(serve: Serve) -> None:
     assert answer == {"sent": len(data), "received": len(data), "data": data.hex()}
     assert "was refused" in fails(1, "vsock", target, "connect", "8")
     assert "connection to port 5" in fails(1, "vsock", target, "listen", "5", "--timeout", "0.1")
+
+
+def test_input(serve: Serve) -> None:
+    target = serve(Keyboard())
+    facts = json.loads(good("input", target, "info", "--json"))
+    assert (facts["name"], facts["ids"], facts["events"]) == ("test keyboard", [3, 0x1234, 0x5678, 1], {"1": [30, 32]})
+    assert "test keyboard" in good("input", target, "info")
+    assert "no end of an event" in fails(1, "input", target, "events", "--timeout", "0.1")
+
+
+def test_gpio(serve: Serve) -> None:
+    target = serve(Lines())
+    assert good("gpio", target, "set", "0", "low") == "line 0 is low\n"
+    assert good("gpio", target, "info") == "0     out   0  out\n1     none\n2     none     in\n"
+    assert "there is no line 3" in fails(2, "gpio", target, "set", "3", "low")
+
+
+def test_i2c(serve: Serve) -> None:
+    target = serve(Bus())
+    assert good("i2c", target, "scan") == "50\n"
+    good("i2c", target, "transfer", "50", "10abcd")
+    assert good("i2c", target, "transfer", "50", "10", "--expect", "2") == "abcd\n"
+    assert "address 0x51 failed" in fails(1, "i2c", target, "transfer", "51", "00")
+
+
+def test_fs(serve: Serve) -> None:
+    target = serve(Files())
+    assert good("fs", target, "ls") == "dir/\nlink@\n"
+    facts = json.loads(good("fs", target, "stat", "link", "--json"))
+    assert (facts["link"], facts["mode"], facts["size"]) == ("dir/file", "lrwxrwxrwx", 8)
+    assert json.loads(good("fs", target, "cat", "dir/file", "--json"))["data"] == Files.CONTENT.hex()
+    assert "No such file" in fails(1, "fs", target, "cat", "dir/no")

@@ -78,7 +78,7 @@ class GpioDriver(Driver):
         return bool(value)
 
     def set_value(self, line: int, high: bool) -> None:
-        """Set the line, which should be an output by then or become one."""
+        """Set the line, an output or one that becomes an output later with this value."""
         self._request(SET_VALUE, self._line(line), int(high))
 
     def _line(self, line: int) -> int:

@@ -54,10 +54,14 @@ class ScsiError(OSError):
 
     @property
     def key(self) -> int:
-        """The sense key, 0 without sense data (SPC-4, 4.5)."""
-        descriptor = bool(self.sense) and self.sense[0] & 0x7F in (0x72, 0x73)
-        at = 1 if descriptor else 2
-        return self.sense[at] & 0xF if len(self.sense) > at else 0
+        """The sense key, 0 without sense data."""
+        return _key(self.sense)
+
+
+def _key(sense: bytes) -> int:
+    """The sense key in fixed or descriptor format (SPC-4, 4.5)."""
+    at = 1 if sense and sense[0] & 0x7F in (0x72, 0x73) else 2
+    return sense[at] & 0xF if len(sense) > at else 0
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,9 @@ class ScsiDriver(Driver):
         if sensed > self._sense:
             raise DeviceBroken(f"{what}: {sensed} bytes of sense data, there is room for {self._sense}")
         if status:
-            error = ScsiError("", status, answer[0][_RESPONSE.size : _RESPONSE.size + sensed])
-            why = f"{_KEYS[error.key]}, sense data {error.sense.hex()}" if status == CHECK_CONDITION else f"status {status:#04x}"
-            raise ScsiError(f"{what}: {why}", status, error.sense)
+            sense = answer[0][_RESPONSE.size : _RESPONSE.size + sensed]
+            why = f"{_KEYS[_key(sense)]}, sense data {sense.hex()}" if status == CHECK_CONDITION else f"status {status:#04x}"
+            raise ScsiError(f"{what}: {why}", status, sense)
         if not room:
             return b""
         came = room - residual

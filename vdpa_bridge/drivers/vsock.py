@@ -146,7 +146,8 @@ class VsockStream:
         """Hang up; harmless when done before."""
         if self._driver.forget(self):
             self.drop(OSError(errno.EBADF, f"{self._driver.name}: {self.ends} is closed"))
-            self._driver.answer(self.ends, SHUTDOWN, self._taken, NO_SEND | NO_RECEIVE)
+            with contextlib.suppress(OSError, ValueError):  # the device, or its driver, is gone: so is the other end
+                self._driver.answer(self.ends, SHUTDOWN, self._taken, NO_SEND | NO_RECEIVE)
 
     def __enter__(self) -> Self:
         return self
