@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from vdpa_bridge import _ioctl, ops, wire
+from vdpa_bridge import _ioctl, ops, tap, wire
+from vdpa_bridge.backends import vhost_kernel, vhost_net, vhost_vsock
 from vdpa_bridge.flags import BackendFeature
 from vdpa_bridge.vhost_user.vdpa_mode import HELLO_OP
 from vdpa_bridge.wire import ConfigData, ConfigRange, Empty, IotlbPayload, Struct
@@ -44,7 +45,16 @@ CONSTANTS = {
     "VHOST_IOTLB_BATCH_END": wire.IotlbBatchEnd.msgtype,
     "VHOST_VIRTIO": _ioctl.VHOST,
     "VHOST_FILE_UNBIND": -1,
+    "VHOST_SET_MEM_TABLE": vhost_kernel.SET_MEM_TABLE,
+    "VHOST_NET_SET_BACKEND": vhost_net.NET_SET_BACKEND,
+    "VHOST_VSOCK_SET_GUEST_CID": vhost_vsock.VSOCK_SET_GUEST_CID,
+    "VHOST_VSOCK_SET_RUNNING": vhost_vsock.VSOCK_SET_RUNNING,
+    **{name: getattr(tap, f"_{name}") for name in ("TUNSETIFF", "TUNSETOFFLOAD", "TUNSETVNETHDRSZ", "TUNSETVNETLE", "TUNSETCARRIER")},
+    **{name: getattr(tap, f"_{name}") for name in ("IFF_TAP", "IFF_NO_PI", "IFF_VNET_HDR", "IFF_UP")},
+    **{f"TUN_{name}": getattr(tap, name) for name in ("F_CSUM", "F_TSO4", "F_TSO6", "F_TSO_ECN")},
 }
+SIZES = {"struct vhost_vdpa_config": 8, "struct vhost_memory": 8, "struct ifreq": 40}
+"""C structs that are no class of ours."""
 
 
 def offsets(kind: type[Struct]) -> dict[str, int]:
@@ -64,7 +74,8 @@ def probe(tmp_path: Path, *flags: str) -> dict[str, int]:
     """Compile and run a program that prints what the headers define."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc and the kernel's headers: apt install gcc linux-libc-dev")
-    lines = ["#include <stdio.h>", "#include <stddef.h>", "#include <sys/ioctl.h>", "#include <linux/types.h>", "#include <linux/vhost.h>", "int main(void) {"]
+    lines = ["#include <stdio.h>", "#include <stddef.h>", "#include <sys/ioctl.h>", "#include <sys/socket.h>"]
+    lines += [f"#include <linux/{name}.h>" for name in ("types", "vhost", "if", "if_tun")] + ["int main(void) {"]
     names = [name for op in IOCTLS for name in (f"VHOST_{op.name}", f"VHOST_VDPA_{op.name}")]
     names += [f"VHOST_BACKEND_F_{feature.name}" for feature in BackendFeature] + list(CONSTANTS)
     for name in names:
@@ -73,7 +84,7 @@ def probe(tmp_path: Path, *flags: str) -> dict[str, int]:
         lines.append(f'printf("{c_name} %zu\\n", sizeof({c_name}));')
         for field in kind.names:
             lines.append(f'printf("{c_name}.{field} %zu\\n", offsetof({c_name}, {renamed.get(field, field)}));')
-    lines.append('printf("config %zu\\n", sizeof(struct vhost_vdpa_config)); return 0; }')
+    lines += [f'printf("{name} %zu\\n", sizeof({name}));' for name in SIZES] + ["return 0; }"]
     source = tmp_path / "probe.c"
     source.write_text("\n".join(lines))
     program = tmp_path / "probe"
@@ -101,7 +112,7 @@ def compare(found: dict[str, int]) -> set[str]:
     for c_name, (kind, _) in STRUCTS.items():
         assert found[c_name] == kind.layout.size, c_name
         assert {field: found[f"{c_name}.{field}"] for field in kind.names} == offsets(kind), c_name
-    assert found["config"] == 8
+    assert {name: found[name] for name in SIZES} == SIZES
     for name, (number, _) in NUMBERS["requests"].items():
         assert name not in found or found[name] == int(number, 16)
     for name, (bit, _) in NUMBERS["backend_features"].items():

@@ -14,8 +14,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Home = Literal["vp_vdpa", "VDUSE", "vhost-user", "legacy", "qemu-storage-daemon"]
-"""``vp_vdpa``: the kernel's driver for virtio-pci. ``VDUSE``: a device of another process, by way of the kernel. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
+Home = Literal["vp_vdpa", "VDUSE", "vhost-net", "vhost-user", "legacy", "qemu-storage-daemon"]
+"""``vp_vdpa``: the kernel's driver for virtio-pci. ``VDUSE``: a device of another process, by way of the kernel.
+``vhost-net``: /dev/vhost-net with a tap. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ ROWS: tuple[Difference, ...] = (
     Difference("VDUSE", "GET_VRING_BASE", "before the device runs", None, "the daemon is asked, which is told of a base when the device starts"),
     Difference("VDUSE", "SET_VRING_ENABLE", "off while the ring works", None, "the daemon is not told (Linux 6.12)"),
     Difference("VDUSE", "SET_STATUS", "reset with requests under way", None, "qemu-storage-daemon ends: an assertion in its libvduse (QEMU 7.2)"),
+    Difference("vhost-net", "GET_VQS_COUNT", "control queue", None, "there is none: the kernel serves receive and transmit, and a tap takes any address"),
     Difference("legacy", "IOTLB_UPDATE", "RO mapping of a read-only descriptor", errno.EACCES, "peers map every region for reading and writing"),
     Difference("legacy", "GET_VRING_BASE", "while the ring runs", errno.EBUSY, "the message stops the ring, which a question must not do"),
     Difference("qemu-storage-daemon", "SET_VRING_ENABLE", "off while the ring works", None, "libvhost-user serves a disabled ring (QEMU 7.2)"),

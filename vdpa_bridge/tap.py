@@ -22,6 +22,8 @@ _NAME_MAX = 15
 
 F_CSUM = 1
 """TUN_F_CSUM: the reader takes frames whose checksum is yet to be made."""
+F_TSO4, F_TSO6, F_TSO_ECN = 2, 4, 8
+"""TUN_F_TSO4 and so on: it takes TCP segments that are yet to be cut, too."""
 
 _WHY = {
     errno.ENOENT: "no /dev/net/tun: modprobe tun",
@@ -62,7 +64,7 @@ class Tap:
         fcntl.ioctl(self._fd, _TUNSETVNETHDRSZ, struct.pack("i", size))
 
     def set_offload(self, flags: int) -> None:
-        """What frames that are read may leave to the reader: F_CSUM, or nothing."""
+        """What frames that are read may leave to the reader: nothing, or F_CSUM and, beside it, the others."""
         fcntl.ioctl(self._fd, _TUNSETOFFLOAD, flags)
 
     def set_carrier(self, up: bool) -> None:
@@ -75,6 +77,24 @@ class Tap:
             self._configure(_SIOCSIFHWADDR, struct.pack("H6s8x", _ARPHRD_ETHER, mac), f"address {mac.hex(':')}")
         if self._sysfs("mtu") != str(mtu):
             self._configure(_SIOCSIFMTU, struct.pack("i12x", mtu), f"mtu {mtu}")
+
+    @property
+    def address(self) -> bytes:
+        """The MAC address of this system's end."""
+        return bytes.fromhex(self._sysfs("address").replace(":", ""))
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of payload in a frame."""
+        return int(self._sysfs("mtu"))
+
+    @property
+    def up(self) -> bool:
+        """Whether frames pass; they do not once the interface is gone."""
+        try:
+            return bool(int(self._sysfs("flags"), 16) & _IFF_UP)
+        except FileNotFoundError:
+            return False
 
     def set_up(self) -> None:
         """Bring the interface up (ip link set dev NAME up)."""

@@ -4,6 +4,8 @@
     /dev/vhost-vdpa-N                 a kernel device by its node
     vdpa:NAME                         a kernel device by its name on the vdpa bus
     vhost-user:PATH[?type=blk&vdpa=prefer|require|off&timeout=5&queue-size=256]
+    vhost-net:TAP[?mac=52:54:00:12:34:56]   a NIC of the kernel's own vhost, on a tap interface
+    vhost-vsock:CID                         a socket device of the kernel's own vhost, with that context id
     model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
 
 Rule of this file: the only place where a string decides which home a device has.
@@ -22,12 +24,15 @@ from urllib.parse import parse_qsl
 
 from .backends.base import Backend
 from .backends.model import ModelDevice
+from .backends.vhost_net import VhostNet
 from .backends.vhost_user import open_vhost_user
 from .backends.vhost_vdpa import VhostVdpa
+from .backends.vhost_vsock import VhostVsock
 from .device import Device
 from .errors import ProtocolError
 from .models import make_model
 from .system.vdpa_bus import bus_device, bus_devices, has_bus
+from .virtio.config import parse_mac
 from .virtio.ids import parse_device_id
 
 if TYPE_CHECKING:
@@ -35,8 +40,17 @@ if TYPE_CHECKING:
 
 GRAMMAR = (
     "a target is /dev/vhost-vdpa-N, vdpa:NAME, vhost-user:PATH[?type=blk&vdpa=require|prefer|off], "
-    "model:blk?file=PATH, model:blk?size=256M or model:net"
+    "vhost-net:TAP, vhost-vsock:CID, model:blk?file=PATH, model:blk?size=256M or model:net"
 )
+
+_OPTIONS: dict[str, set[str] | None] = {
+    "vdpa": set(),
+    "vhost-user": {"type", "vdpa", "timeout", "queue-size"},
+    "vhost-net": {"mac"},
+    "vhost-vsock": set(),
+    "model": None,
+}
+"""Schemes and their options; a model knows its own."""
 
 
 @dataclass
@@ -63,9 +77,9 @@ class Target:
             options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
         except ValueError:
             raise ValueError(f"{text}: options are written ?key=value&key=value, not ?{query}") from None
-        if scheme not in ("vdpa", "vhost-user", "model") or not place:
+        if scheme not in _OPTIONS or not place:
             raise ValueError(f"{text}: {GRAMMAR}")
-        known = {"vdpa": set[str](), "vhost-user": {"type", "vdpa", "timeout", "queue-size"}}.get(scheme)
+        known = _OPTIONS[scheme]
         if known is not None and (unknown := set(options) - known):
             choices = ", ".join(sorted(known)) or "none"
             raise ValueError(f"{text}: unknown option {', '.join(sorted(unknown))}; there is: {choices}")
@@ -86,10 +100,17 @@ class Target:
             return self.model.open()
         if self.scheme == "vhost-user":
             return self._open_socket(self.place)
+        if self.scheme == "vhost-net":
+            mac = self.options.get("mac")
+            return VhostNet(self.text, self.place, parse_mac(mac) if mac else None)
+        if self.scheme == "vhost-vsock":
+            return VhostVsock(self.text, _cid(self.text, self.place))
         path = _node_of(self.place) if self.scheme == "vdpa" else self.place
         mode = os.stat(path).st_mode if os.path.exists(path) else 0
         if stat.S_ISSOCK(mode):
             return self._open_socket(path)
+        if path in _HALVES:
+            raise ValueError(f"{path} is half a device; write {_HALVES[path]}")
         if mode and not stat.S_ISCHR(mode):
             raise ValueError(f"{path} is neither a character device nor a socket; {GRAMMAR}")
         return VhostVdpa(path)
@@ -109,7 +130,7 @@ class Target:
         def opener() -> Backend:
             return wrap(self.open())
 
-        if self.scheme == "model":
+        if self.scheme in ("model", "vhost-net", "vhost-vsock"):
             return explain.Examination(opener, wishes)
         if self.scheme == "vdpa":
             return NodeExamination(opener, wishes, name=self.place)
@@ -136,6 +157,15 @@ class Target:
         if self.model is not None:
             self.model.close()
             self.model = None
+
+
+_HALVES = {VhostNet.node: "vhost-net:TAP", VhostVsock.node: "vhost-vsock:CID"}
+
+
+def _cid(text: str, place: str) -> int:
+    if not place.isdecimal() or not 3 <= int(place) < 0xFFFFFFFF:
+        raise ValueError(f"{text}: a context id is a number from 3 to 4294967294")
+    return int(place)
 
 
 def _number(text: str, key: str, value: str) -> float:

@@ -15,8 +15,8 @@ PART = 24
 """Bytes that every device type of these tests has at least, and one message of any protocol can carry."""
 
 
-WRITABLE = {"blk": 32, "net": 0}
-"""Offset of writeback, of the first byte of the MAC address."""
+WRITABLE = {"blk": 32, "net": 0, "vsock": 0}
+"""Offset of writeback, of the first byte of the MAC address, of the context id."""
 
 
 def size_of(probe: Probe) -> int:

@@ -21,12 +21,16 @@ from pathlib import Path
 from vdpa_bridge.backends.base import Backend
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.backends.relay import relayed
+from vdpa_bridge.backends.vhost_net import VhostNet
 from vdpa_bridge.backends.vhost_user import open_vhost_user
 from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
+from vdpa_bridge.backends.vhost_vsock import VhostVsock
 from vdpa_bridge.models import make_model
 from vdpa_bridge.vhost_user.server import Server
+from vdpa_bridge.virtio.config import parse_mac
 from vdpa_bridge.virtio.ids import DeviceId, parse_device_id
 
+from . import taps
 from .vduse import VduseDisk
 from .vduse import missing as vduse_missing
 
@@ -61,7 +65,8 @@ class Home:
     def lives(self) -> tuple[str, tuple[str, ...]]:
         """Where the device lives and how it is reached, in the words of docs/devices.md."""
         make = self.name.partition("-")[0]
-        where = {"qsd": "qemu-storage-daemon", "sim": "vdpa_sim", "vp": "vp_vdpa", "vduse": "VDUSE"}.get(make, make) if self.mark else "model"
+        makes = {"qsd": "qemu-storage-daemon", "sim": "vdpa_sim", "vp": "vp_vdpa", "vduse": "VDUSE", "kernel": f"vhost-{self.kind}"}
+        where = makes.get(make, make) if self.mark else "model"
         return where, ("legacy",) if "legacy" in self.traits else ("vDPA mode",) if "vhost-user" in self.traits else ()
 
     @property
@@ -198,6 +203,20 @@ def _vduse(kind: str) -> Iterator[Opener]:
         yield lambda: VhostVdpa(node)
 
 
+@contextmanager
+def _kernel_net(kind: str) -> Iterator[Opener]:
+    """The kernel's own vhost on a tap that gives every frame back."""
+    with taps.tap(echo=True) as name:
+        yield lambda: VhostNet(f"vhost-net:{name}", name, parse_mac(MAC))
+
+
+@contextmanager
+def _kernel_vsock(kind: str) -> Iterator[Opener]:
+    taps.load()
+    cid = taps.new_cid()
+    yield lambda: VhostVsock(f"vhost-vsock:{cid}", cid)
+
+
 def _bridged(name: str, vdpa: str) -> Callable[[str], AbstractContextManager[Opener]]:
     """A kernel device behind our own server."""
 
@@ -235,8 +254,10 @@ HOMES: list[Home] = [
     *_both("sim", _kernel("SIM"), (), "lab", needs=_needs_node("SIM")),
     *_both("vp", _kernel("VP"), ("vp_vdpa",), "lab", needs=_needs_node("VP")),
     Home("vduse", "blk", _vduse, ("VDUSE",), "lab", lambda kind: vduse_missing()),
+    Home("kernel", "net", _kernel_net, VhostNet.traits, "lab", lambda kind: taps.missing()),
+    Home("kernel", "vsock", _kernel_vsock, VhostVsock.traits, "lab", lambda kind: taps.missing()),
     Home("sim-bridged", "blk", _bridged("SIM", "require"), ("vhost-user",), "lab", _needs_node("SIM")),
     Home("sim-legacy", "net", _bridged("SIM", "off"), ("vhost-user", "legacy"), "lab", _needs_node("SIM")),
 ]
 
-DEVICE_IDS = {"blk": DeviceId.BLOCK, "net": DeviceId.NET}
+DEVICE_IDS = {"blk": DeviceId.BLOCK, "net": DeviceId.NET, "vsock": DeviceId.VSOCK}

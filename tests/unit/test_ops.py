@@ -12,7 +12,9 @@ from vdpa_bridge import ops
 from vdpa_bridge.backends.base import ABSENT, EMULATED, NATIVE, Backend, Capability
 from vdpa_bridge.backends.hints import hint, lacking
 from vdpa_bridge.backends.model import ModelBackend
+from vdpa_bridge.backends.vhost_net import VhostNet
 from vdpa_bridge.backends.vhost_user_legacy import VhostUserLegacy
+from vdpa_bridge.backends.vhost_vsock import VhostVsock
 from vdpa_bridge.flags import BackendFeature, Feature, ProtocolFeature, Status, bit_names, status_text
 from vdpa_bridge.ops import Absent, Emulated, Message, Op, Rep, Req
 from vdpa_bridge.vhost_user import messages as m
@@ -49,7 +51,8 @@ def test_everybody_has_a_method(op: Op[Any, Any]) -> None:
     """An operation that a home does not have is one that its column, or the model, calls absent."""
     method = f"_{op.name.lower()}"
     assert hasattr(VhostUserLegacy, method) != isinstance(op.legacy, Absent)
-    assert hasattr(ModelBackend, method) or op is ops.GET_VRING_DESC_GROUP
+    for home in (ModelBackend, VhostNet, VhostVsock):
+        assert hasattr(home, method) or op is ops.GET_VRING_DESC_GROUP
 
 
 def test_hashed_by_identity() -> None:

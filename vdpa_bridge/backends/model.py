@@ -21,7 +21,6 @@ from ..wire import (
     U32,
     U64,
     Empty,
-    EventFile,
     IotlbBatchBegin,
     IotlbBatchEnd,
     IotlbInvalidate,
@@ -124,7 +123,6 @@ class ModelBackend(RuledBackend):
         self._offered = model.features | RING_FEATURES
         self._table: IotlbTable[SharedMapping] = IotlbTable(model.address_spaces)
         self._maps = [IovaMap() for _ in range(model.address_spaces)]
-        self._config_call: EventFd | None = None
         self._group_space = [0] * model.groups
         self._runner = device.runner
         self._runner.broken = self._ring_broke
@@ -203,21 +201,10 @@ class ModelBackend(RuledBackend):
     def _write_config(self, offset: int, data: bytes) -> None:
         self._model.write_config(offset, data)
 
-    def _get_config_size(self, request: Empty) -> U32:
-        return U32(self._config_bytes())
-
-    def _set_config_call(self, request: EventFile) -> None:
-        old, self._config_call = self._config_call, EventFd.borrow(request.fd)
-        if old is not None:
-            old.close()
-
     # Queues ------------------------------------------------------------------------------------------------------------
 
     def _queues(self) -> int:
         return self._model.queue_count
-
-    def _get_vqs_count(self, request: Empty) -> U32:
-        return U32(self._model.queue_count)
 
     def _get_vring_base(self, request: VringState) -> VringState:
         ring = self._ring(request.index)

@@ -93,7 +93,6 @@ class RelayBackend(RuledBackend):
         self._identity = self._device.identify()
         self.queue_size = 1 << self._identity.queue_size.bit_length() - 1
         self._memory = RelayMemory(self._device)
-        self._config_call: EventFd | None = None
         self._rings_behind: dict[int, Behind] = {}
         self._agreed = self._refused = False
         self._runner = RelayRunner(behind.name, self._ring_broke)
@@ -254,9 +253,6 @@ class RelayBackend(RuledBackend):
     def _write_config(self, offset: int, data: bytes) -> None:
         self._device.set_config(offset, data)
 
-    def _get_config_size(self, request: Empty) -> U32:
-        return U32(self._config_bytes())
-
     def _set_config_call(self, request: EventFile) -> None:
         """For the device, and for us: a ring that breaks here is news as well."""
         event = EventFd.borrow(request.fd)
@@ -274,9 +270,6 @@ class RelayBackend(RuledBackend):
 
     def _queues(self) -> int:
         return self._identity.queues
-
-    def _get_vqs_count(self, request: Empty) -> U32:
-        return U32(self._identity.queues)
 
     def _get_vring_base(self, request: VringState) -> VringState:
         ring = self._ring(request.index)
@@ -345,21 +338,6 @@ class RelayBackend(RuledBackend):
 
     def _get_iova_range(self, request: Empty) -> IovaRange:
         return IovaRange(Iova(0), Iova(U64_MAX))
-
-    def _get_group_num(self, request: Empty) -> U32:
-        return U32(1)
-
-    def _get_as_num(self, request: Empty) -> U32:
-        return U32(1)
-
-    def _get_vring_group(self, request: VringState) -> VringState:
-        self._ring(request.index)
-        return VringState(request.index, 0)
-
-    def _set_group_asid(self, request: VringState) -> None:
-        self._ring(request.index)
-        if request.index or request.num:
-            raise refuse(errno.EINVAL)
 
     def _iotlb_update(self, request: IotlbUpdate) -> None:
         self._memory.add(self._for_memory(request))

@@ -27,10 +27,12 @@ from ..wire import (
     EMPTY,
     U8,
     U16,
+    U32,
     U64,
     ConfigData,
     ConfigRange,
     Empty,
+    EventFile,
     VringAddr,
     VringFile,
     VringState,
@@ -87,6 +89,7 @@ class RuledBackend(Backend):
         self._status = 0
         self._features = 0
         self._suspended = False
+        self._config_call: EventFd | None = None
 
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """Carry out one operation."""
@@ -223,7 +226,18 @@ class RuledBackend(Backend):
         self._bounded(request.offset, len(request.data))
         self._write_config(request.offset, request.data)
 
+    def _get_config_size(self, request: Empty) -> U32:
+        return U32(self._config_bytes())
+
+    def _set_config_call(self, request: EventFile) -> None:
+        old, self._config_call = self._config_call, EventFd.borrow(request.fd)
+        if old is not None:
+            old.close()
+
     # Queues --------------------------------------------------------------------------------------------------------------
+
+    def _get_vqs_count(self, request: Empty) -> U32:
+        return U32(self._queues())
 
     def _get_vring_num(self, request: Empty) -> U16:
         return U16(self.queue_size)
@@ -312,3 +326,20 @@ class RuledBackend(Backend):
         if self._suspended:
             self._suspended = False
             self._on_resume()
+
+    # Groups, for devices with one of them and one address space -----------------------------------------------------------
+
+    def _get_group_num(self, request: Empty) -> U32:
+        return U32(1)
+
+    def _get_as_num(self, request: Empty) -> U32:
+        return U32(1)
+
+    def _get_vring_group(self, request: VringState) -> VringState:
+        self._ring(request.index)
+        return VringState(request.index, 0)
+
+    def _set_group_asid(self, request: VringState) -> None:
+        self._ring(request.index)
+        if request.index or request.num:
+            raise refuse(errno.EINVAL)

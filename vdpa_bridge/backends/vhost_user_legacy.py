@@ -253,9 +253,6 @@ class VhostUserLegacy(RuledBackend):
         self._tell(m.SET_CONFIG, m.ConfigSpace(offset, 0, data).pack())
         self._barrier()
 
-    def _get_config_size(self, request: Empty) -> U32:
-        return U32(self._config_bytes())
-
     def _set_config_call(self, request: EventFile) -> None:
         """Changes come through a second socket; without BACKEND_REQ at the peer they never come."""
         event = EventFd.borrow(request.fd)
@@ -291,9 +288,6 @@ class VhostUserLegacy(RuledBackend):
         if self._protocol & P.CONFIG:
             return int.from_bytes(self._read_config(8, 2), "little")
         return self._ask_u64(m.GET_QUEUE_NUM)
-
-    def _get_vqs_count(self, request: Empty) -> U32:
-        return U32(self._queues())
 
     def _get_vring_base(self, request: VringState) -> VringState:
         ring = self._ring(request.index)
@@ -382,21 +376,6 @@ class VhostUserLegacy(RuledBackend):
 
     def _get_iova_range(self, request: Empty) -> IovaRange:
         return IovaRange(Iova(0), Iova(LAST_IOVA))
-
-    def _get_group_num(self, request: Empty) -> U32:
-        return U32(1)
-
-    def _get_as_num(self, request: Empty) -> U32:
-        return U32(1)
-
-    def _get_vring_group(self, request: VringState) -> VringState:
-        self._ring(request.index)
-        return VringState(request.index, 0)
-
-    def _set_group_asid(self, request: VringState) -> None:
-        self._ring(request.index)
-        if request.index or request.num:
-            raise refuse(errno.EINVAL)
 
     def _iotlb_update(self, request: IotlbUpdate) -> None:
         request = self._for_memory(request)

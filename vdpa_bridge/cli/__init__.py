@@ -113,6 +113,7 @@ A TARGET names a device, wherever it lives:
   vdpa:NAME                          a kernel device by its name (vdpa-bridge list)
   vhost-user:PATH[?type=blk]         whoever serves that socket; vDPA mode if it offers it
   vhost-user:PATH?vdpa=off&type=blk  the same by stock vhost-user messages
+  vhost-net:TAP, vhost-vsock:CID     a NIC on a tap, a socket device, served by the kernel itself
   model:blk?size=256M, model:net     a device in this process
 
 \b

@@ -25,7 +25,8 @@ from .vdpa_bus import SYSFS, BusDevice, bus_device, bus_devices, driver_of
 
 _VIRTIO_VENDOR = 0x1AF4
 _FIRST_MODERN = 0x1040
-_KERNEL_VHOST = {"vhost-net": "net", "vhost-vsock": "vsock", "vhost-scsi": "scsi"}
+_KERNEL_VHOST = {"vhost-net": ("net", "vhost-net:TAP"), "vhost-vsock": ("vsock", "vhost-vsock:CID"), "vhost-scsi": ("scsi", "")}
+"""Node, device and what is typed for one."""
 
 BACKENDS: tuple[tuple[str, str, bool], ...] = (
     (r"qemu-storage-daemon$", "blk", False),
@@ -146,10 +147,12 @@ def _vduse() -> Iterator[Found]:
 
 
 def _kernel_vhost() -> Iterator[Found]:
-    """The kernel's own back-ends, which anybody may open any number of times; no target is made of them."""
-    for name, kind in _KERNEL_VHOST.items():
+    """The kernel's own back-ends, which anybody may open any number of times: each opening is a device."""
+    for name, (kind, target) in _KERNEL_VHOST.items():
         if os.path.exists(node := f"/dev/{name}"):
-            yield Found("vhost", node, kind, "kernel", "for VMMs" if os.access(node, os.R_OK | os.W_OK) else "no permission")
+            allowed = os.access(node, os.R_OK | os.W_OK)
+            command = f"vdpa-bridge show {target}" if allowed and target else ""
+            yield Found("vhost", node, kind, "kernel", "for VMMs" if allowed else "no permission", command=command)
 
 
 def _read(path: Path) -> str:
