@@ -322,8 +322,13 @@ class Device:
         if config_call >= 0:
             calls.append((ops.SET_CONFIG_CALL, EventFile(config_call)))
         running = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
-        calls += [(ops.SET_STATUS, U8(running)), (ops.GET_STATUS, EMPTY)]
-        status = self._all(calls, undo=updates, reset=True)[-1].value
+        self._all(calls, undo=updates, reset=True)  # all of it: a device must not start with a ring that it refused
+        try:
+            status = self._all([(ops.SET_STATUS, U8(running)), (ops.GET_STATUS, EMPTY)], reset=True)[-1].value
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.unmap(updates)
+            raise
         if status & (Status.NEEDS_RESET | Status.FAILED) or not status & Status.DRIVER_OK:
             raise DeviceBroken(f"{self.name} did not start: status {status_text(status)}")
 

@@ -23,6 +23,7 @@ from vdpa_bridge.drivers import BlkDriver, NetDriver
 
 from ..support.bridge import REFUSED, WRONG_DATA, Bridge, bridging, run_client, start_client
 from ..support.seen import Seen
+from ..support.sockets import listens
 
 pytestmark = [
     pytest.mark.peers,
@@ -51,7 +52,7 @@ def old(image: Path) -> Iterator[str]:
         stack.callback(process.wait, 10)
         stack.callback(process.terminate)
         end = time.monotonic() + 10
-        while not path.exists():
+        while not listens(path):
             assert process.poll() is None, "qemu-storage-daemon ended"
             assert time.monotonic() < end, "qemu-storage-daemon does not start"
             time.sleep(0.02)

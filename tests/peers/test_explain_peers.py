@@ -17,6 +17,7 @@ from vdpa_bridge.system.unix_sockets import clients_of
 
 from ..support.kernel import explain, told
 from ..support.service import serving
+from ..support.sockets import listens
 
 pytestmark = pytest.mark.peers
 PATIENCE = 20.0
@@ -77,7 +78,7 @@ def test_another_protocol(short_dir: Path) -> None:
     command = [daemon, "--blockdev", "driver=null-co,node-name=n0,size=1048576", "--chardev", f"socket,id=m,path={monitor},server=on,wait=off", "--monitor", "chardev=m"]
     command += ["--export", f"type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={disk}"]
     with running(*command) as process:
-        until("both sockets", lambda: disk.exists() and monitor.exists(), process)
+        until("both sockets", lambda: listens(disk) and listens(monitor), process)
         assert explain(f"vhost-user:{monitor}")[0] == "not-a-backend"
         assert explain(f"vhost-user:{disk}?type=blk")[0] is None
         assert explain(f"vhost-user:{disk}?vdpa=require")[0] == "no-vdpa-mode"

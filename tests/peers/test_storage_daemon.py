@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.seen import Seen
+from tests.support.sockets import listens
 from vdpa_bridge import Device, ProtocolError, RemoteProtocolError, Target
 from vdpa_bridge.drivers.blk import BlkDriver
 
@@ -40,7 +41,7 @@ class Daemon:
             ["qemu-storage-daemon", "--blockdev", blockdev, "--export", export], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
         )
         end = time.monotonic() + 10
-        while not self.path.exists():
+        while not listens(self.path):
             assert self.process.poll() is None, "qemu-storage-daemon ended"
             assert time.monotonic() < end, "qemu-storage-daemon does not start"
             time.sleep(0.02)

@@ -18,6 +18,8 @@ from vdpa_bridge.backends.vhost_user_legacy import VhostUserLegacy
 from vdpa_bridge.device import Device
 from vdpa_bridge.vhost_user.framing import VERSION, frame
 
+from .sockets import listens
+
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 GPU = "/usr/lib/qemu/vhost-user-gpu"
 
@@ -33,7 +35,7 @@ def backend(command: Sequence[str], path: Path) -> Iterator[subprocess.Popen[byt
 
         try:
             end = time.monotonic() + 20
-            while not path.exists():
+            while not listens(path):
                 assert process.poll() is None, f"{command[0]} ended:\n{said()}"
                 assert time.monotonic() < end, f"{command[0]} makes no socket:\n{said()}"
                 time.sleep(0.02)
