@@ -50,6 +50,7 @@ UNDERSTOOD = (
     | BackendFeature.IOTLB_PERSIST
 )
 """Back-end features that this class acknowledges when offered."""
+MOST_QUEUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class Device:
                 else:
                     numbers[name] = int(reply.value)
             numbers.pop("iova_range", None)
+            if numbers["queues"] > MOST_QUEUES:
+                raise DeviceBroken(f"{self.name} says that it has {numbers['queues']} queues; virtio numbers them with 16 bits")
             self._identity = Identity(iova_range=limits, **numbers)
         return self._identity
 

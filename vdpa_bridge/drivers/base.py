@@ -201,7 +201,10 @@ class Driver:
     # Life cycle --------------------------------------------------------------------------------------------------------
 
     def _eventfd(self) -> int:
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, f"{self.name}: no eventfds for {len(self._indices)} queues: {error.strerror}; ask for fewer") from None
         self._events.append(fd)
         return fd
 

@@ -34,8 +34,8 @@ class Inbox:
         self._driver, self._queue = driver, queue
         self.came: deque[bytes] = deque()
         """Messages that wait to be taken, oldest first."""
-        self._depth = min(depth, driver.ring(queue).queue.free)
-        self._empty = [_Waiting(self, driver._pool.take(size)) for _ in range(self._depth)]
+        depth = min(depth, driver.ring(queue).queue.free)
+        self._empty = [_Waiting(self, driver._pool.take(size)) for _ in range(depth)]
         self.fill()
 
     def fill(self) -> None:
