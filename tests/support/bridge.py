@@ -55,20 +55,21 @@ def client_program() -> str:
     return str(program)
 
 
-def start_client(path: str, *options: object) -> subprocess.Popen[str]:
-    """The C client, running."""
+@contextmanager
+def start_client(path: str, *options: object) -> Iterator[subprocess.Popen[str]]:
+    """The C client, running; killed with the block."""
     command = [client_program(), *map(str, options), path]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run_client(path: str, *options: object, status: int = 0) -> dict[str, Any]:
     """What the C client reports; it has to end with *status*, and its words are under ``error``."""
     with start_client(path, *options) as process:
-        try:
-            out, error = process.communicate(timeout=60)
-        except BaseException:
-            process.kill()
-            raise
+        out, error = process.communicate(timeout=60)
     assert process.returncode == status, f"client ended with {process.returncode}: {error}"
     return {**(json.loads(out) if out else {}), "error": error}
 
@@ -136,12 +137,14 @@ class Bridge:
         root = Path(f"/proc/{self.process.pid}")
         total = {"switches": 0, "calls": 0, "ticks": 0}
         for task in (root / "task").iterdir():
-            if (task / "comm").read_text().startswith("vhost-"):
+            try:
+                name, status, stat = ((task / file).read_text() for file in ("comm", "status", "stat"))
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a thread that ended meanwhile
+            if name.startswith("vhost-"):
                 continue
-            for line in (task / "status").read_text().splitlines():
-                if "ctxt_switches" in line:
-                    total["switches"] += int(line.split()[1])
-            fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+            total["switches"] += sum(int(line.split()[1]) for line in status.splitlines() if "ctxt_switches" in line)
+            fields = stat.rsplit(")", 1)[1].split()
             total["ticks"] += int(fields[11]) + int(fields[12])
         for line in (root / "io").read_text().splitlines():
             if line.startswith(("syscr", "syscw")):
