@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from vdpa_bridge import Device, Feature, FeatureError, ops
 from vdpa_bridge.backends import relay_rings
@@ -24,6 +25,7 @@ from vdpa_bridge.backends.base import Backend, Capability
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.backends.relay import RelayBackend, carried, relayed
 from vdpa_bridge.backends.relay_memory import Room
+from vdpa_bridge.cli import main
 from vdpa_bridge.drivers import BlkDriver, BlkRequest, NetDriver
 from vdpa_bridge.drivers.base import Driver, Pending
 from vdpa_bridge.flags import Status
@@ -34,7 +36,7 @@ from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtio.ids import DeviceId
 from vdpa_bridge.wire import EMPTY, U64, IotlbUpdate, Iova, IovaRange, VringState
 
-from ..support.bridge import REFUSED, run_client, start_client
+from ..support.bridge import REFUSED, bridging, run_client, start_client
 from ..support.homes import OPTIONS, connector, socket_path
 from ..support.limited import LAST, LimitedDevice
 
@@ -408,3 +410,15 @@ def test_room_of_a_narrow_device() -> None:
 def test_room_of_a_wide_device_is_off_the_windows_of_platforms() -> None:
     assert Room(IovaRange(Iova(0), Iova(LAST))).take(4096) == 1 << 32
     assert Room(IovaRange(Iova(0), Iova((1 << 64) - 1))).take(1 << 40) == 1 << 32
+
+
+def test_show_says_so_through_a_chain() -> None:
+    """Clients in vDPA mode are told that their requests pass through the server, or through one behind it."""
+    with bridging("model:blk?size=1M", "--relay", "on") as relay, bridging(f"vhost-user:{relay.path}?vdpa=require") as front:
+        for server in (relay, front):
+            shown = CliRunner().invoke(main, ["show", f"vhost-user:{server.path}?vdpa=require"])
+            assert shown.exit_code == 0, shown.output
+            assert "relay         by the server: requests pass through its process" in shown.stdout
+            server.settle()
+    with bridging("model:blk?size=1M") as server:
+        assert "relay" not in CliRunner().invoke(main, ["show", f"vhost-user:{server.path}?vdpa=require"]).stdout

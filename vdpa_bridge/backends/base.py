@@ -72,6 +72,11 @@ class Backend(ABC):
     iotlb: DeviceIotlb | None = None
     """Where the device can live without all of its mappings."""
 
+    @property
+    def relayed(self) -> str:
+        """Why requests pass through a process of this project on their way to the device; empty when they do not."""
+        return ""
+
     @abstractmethod
     def call(self, op: Op[Req, Rep], request: Req) -> Rep:
         """Carry out one operation."""

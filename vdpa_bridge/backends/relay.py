@@ -87,7 +87,7 @@ class RelayBackend(RuledBackend):
 
     def __init__(self, behind: Backend, why: str) -> None:
         super().__init__(behind.name)
-        self.why = why
+        self._why = why
         self._behind = behind
         self._device = Device(behind)
         self._identity = self._device.identify()
@@ -104,9 +104,14 @@ class RelayBackend(RuledBackend):
             return self._behind.capability(op)
         return Capability(NATIVE) if op in self.methods else Capability(ABSENT, "a relay has no such thing")
 
+    @property
+    def relayed(self) -> str:
+        """What ``why`` was."""
+        return self._why
+
     def facts(self) -> dict[str, object]:
         """The device's, and that its rings are relayed."""
-        return {**self._behind.facts(), "relay": self.why}
+        return {**self._behind.facts(), "relay": self._why}
 
     def close(self) -> None:
         """Reset, unmap, give the device back. The client's eventfds go before the thread, which one of them may hold up."""

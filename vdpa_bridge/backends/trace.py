@@ -106,6 +106,11 @@ class TraceBackend(Backend):
         """The wrapped back-end's; what is said by it leaves no line."""
         return self.backend.doorbell(index)
 
+    @property
+    def relayed(self) -> str:
+        """The wrapped back-end's."""
+        return self.backend.relayed
+
     def facts(self) -> dict[str, object]:
         """The wrapped back-end's."""
         return self.backend.facts()

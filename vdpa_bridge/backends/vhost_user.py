@@ -18,7 +18,7 @@ from ..ops import Call, Op, Rep, Req
 from ..vhost_user import messages
 from ..vhost_user.connection import Connection
 from ..vhost_user.framing import HEADER, MAX_FDS, frame
-from ..vhost_user.vdpa_mode import BUNDLE_BYTES, HELLO_OP, LEAST_HELLO, OUR_HELLO, Hello, check_hello, parse_reply, request_bytes
+from ..vhost_user.vdpa_mode import BUNDLE_BYTES, HELLO_OP, LEAST_HELLO, OUR_HELLO, RELAYED, Hello, check_hello, parse_reply, request_bytes
 from ..wire import EMPTY, U64, Payload
 from .base import ABSENT, NATIVE, Backend, Capability
 from .hints import hint, lacking
@@ -149,10 +149,16 @@ class VhostUserVdpa(Backend):
             return Capability(ABSENT, f"back-end feature {op.gate.name} not offered")
         return Capability(NATIVE)
 
+    @property
+    def relayed(self) -> str:
+        """What the peer says of itself."""
+        return "by the server: requests pass through its process" if self._greeted().flags & RELAYED else ""
+
     def facts(self) -> dict[str, object]:
         """Mode and limits."""
         hello = self._greeted()
-        return {"transport": "vhost-user, vDPA mode", "revision": hello.revision, "max payload": hello.max_payload}
+        facts: dict[str, object] = {"transport": "vhost-user, vDPA mode", "revision": hello.revision, "max payload": hello.max_payload}
+        return {**facts, "relay": self.relayed} if self.relayed else facts
 
     def close(self) -> None:
         """Hang up; the peer resets the device then."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from .. import _ioctl
 from ..backends.base import Backend
@@ -20,7 +21,7 @@ from . import messages as m
 from .framing import VERSION, Frame
 from .legacy_server import LegacyService
 from .messages import message_name
-from .vdpa_mode import HELLO_OP, OUR_HELLO, Hello, answer_bytes, check_hello, parse_request, reply_bytes
+from .vdpa_mode import HELLO_OP, OUR_HELLO, RELAYED, Hello, answer_bytes, check_hello, parse_request, reply_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Session:
         except (ValueError, RemoteProtocolError) as error:
             raise RemoteProtocolError(f"HELLO: {error}", message.request) from None
         self._handle = self._operation
-        return reply_bytes(message.request, 0, OUR_HELLO)
+        return reply_bytes(message.request, 0, replace(OUR_HELLO, flags=RELAYED if self._backend.relayed else 0))
 
     def _operation(self, message: Frame) -> bytes:
         number = message.request

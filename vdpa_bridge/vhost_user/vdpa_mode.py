@@ -38,9 +38,11 @@ class Hello(Struct):
     revision: u32
     max_payload: u32
     max_requests: u32
-    reserved: u32
+    flags: u32
 
 
+RELAYED = 1
+"""A bit of ``flags``, from the back-end: requests pass through its process."""
 HELLO_OP: Op[Hello, Hello] = Op("Open vDPA mode", _ioctl.iowr(0xF0, Hello.layout), Hello, Hello, Absent("vDPA mode only"), name="HELLO")
 """Not in the table of operations: it is the protocol's, not the device's."""
 OUR_HELLO = Hello(MAGIC, REVISION, MAX_PAYLOAD, MAX_REQUESTS, 0)
