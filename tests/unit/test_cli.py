@@ -358,7 +358,7 @@ def test_a_server_takes_a_listening_socket_over(tmp_path: Path) -> None:
                 assert process.wait(20) == 0
             finally:
                 process.kill()
-    assert "listening Unix socket" in _program("serve", "model:blk", "--fd", "0").stderr
+    assert "Unix socket that listens" in _program("serve", "model:blk", "--fd", "0").stderr
 
 
 def _program(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from ..service.server import ServiceServer
     from ..service.spec import DeviceSpec
+
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
 class _Parsed(IntType):
@@ -43,6 +45,30 @@ class _Parsed(IntType):
             self.fail(str(error), param, ctx)
 
 
+def service_options(function: F) -> F:
+    """What can be said of every service."""
+    for option in reversed((
+        click.option(
+            "--vdpa",
+            type=click.Choice(["require", "prefer", "off"]),
+            default="prefer",
+            show_default=True,
+            help="vDPA mode: only, besides stock vhost-user, or never.",
+        ),
+        click.option(
+            "--socket-mode", type=_Parsed("octal", "parse_mode"), default=0o600, metavar="OCTAL", help="Permissions of the sockets.  [default: 600]"
+        ),
+        click.option("--socket-group", type=_Parsed("group", "parse_group"), metavar="NAME|GID", help="Group of the sockets."),
+        click.option(
+            "--timeout", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Seconds that a client may stall within a message."
+        ),
+        click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log on stderr."),
+        click.option("-v", "--verbose", is_flag=True, help="Log clients that come and go, too."),
+    )):
+        function = option(function)
+    return function
+
+
 @click.command(
     cls=Command,
     short_help="Serve a device to vhost-user clients.",
@@ -57,15 +83,8 @@ vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do
 )
 @click.argument("words", nargs=-1, metavar="[TARGET | PATH=TARGET ...]")
 @click.option("--socket-path", metavar="PATH", help="Where to listen for TARGET; a stale socket there is replaced.")
-@click.option("--fd", type=int, help="A listening socket to take over instead.")
+@click.option("--fd", type=int, help="A socket to take over instead: one that listens, or is connected to the only client.")
 @click.option("--config", metavar="FILE.toml", help="Devices as [[device]] tables: target, name, socket-path, ...")
-@click.option(
-    "--vdpa",
-    type=click.Choice(["require", "prefer", "off"]),
-    default="prefer",
-    show_default=True,
-    help="vDPA mode: only, besides stock vhost-user, or never.",
-)
 @click.option(
     "--relay",
     type=click.Choice(["auto", "on", "off"]),
@@ -73,16 +92,8 @@ vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do
     show_default=True,
     help="Move requests between rings of our own and the client's: where the device needs it, always, never.",
 )
-@click.option(
-    "--socket-mode", type=_Parsed("octal", "parse_mode"), default=0o600, metavar="OCTAL", help="Permissions of the sockets.  [default: 600]"
-)
-@click.option("--socket-group", type=_Parsed("group", "parse_group"), metavar="NAME|GID", help="Group of the sockets.")
-@click.option(
-    "--timeout", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Seconds that a client may stall within a message."
-)
 @click.option("--keep-going", is_flag=True, help="Serve the others when one device or socket cannot be had; try the device again for each client.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log on stderr.")
-@click.option("-v", "--verbose", is_flag=True, help="Log clients that come and go, too.")
+@service_options
 @common_options
 def command(
     words: tuple[str, ...],
@@ -106,9 +117,7 @@ def command(
     reads the sizes of disks again, SIGUSR1 logs who is served. One line per device on stdout says that clients can come, or
     one {"event": "ready", ...} for all with --json; the log goes to stderr.
     """
-    from ..service.journal import Journal
-    from ..service.manager import Notifier, assign, passed_fds
-    from ..service.service import Interrupted, Service, Signals
+    from ..service.manager import passed_fds
     from ..service.spec import DeviceSpec, checked, read_config
 
     defaults = DeviceSpec("", mode=socket_mode, group=socket_group, vdpa=vdpa, timeout=timeout, relay=relay)
@@ -117,6 +126,27 @@ def command(
         raise click.UsageError("nothing to serve: give a TARGET, PATH=TARGET words or --config")
     specs = checked(specs)
     passed = passed_fds() + ([(specs[0].name, fd)] if fd is not None else [])
+    return run(specs, passed, output.event, trace, log_format, verbose, keep_going=keep_going)
+
+
+def run(
+    specs: list[DeviceSpec],
+    passed: list[tuple[str, int]],
+    tell: Callable[..., None],
+    trace: Trace,
+    log_format: str,
+    verbose: bool,
+    *,
+    keep_going: bool = False,
+) -> int:
+    """Serve *specs*, which are ``checked``, with the sockets *passed* (name, descriptor); the exit status.
+
+    *tell* hears, as a text and as facts, that clients can come, and what ended it.
+    """
+    from ..service.journal import Journal
+    from ..service.manager import Notifier, assign
+    from ..service.service import Interrupted, Service, Signals
+
     inherited = assign(passed, specs)
     traced = len(specs) > 1  # lines then say whose they are
     notifier = Notifier()
@@ -126,16 +156,15 @@ def command(
         )
         try:
             service.start(signals)
-            _announce(service.servers, output)
-            got = service.run(signals)
+            _announce(service.servers, tell)
+            why, well = service.run(signals)
         except Interrupted as interrupted:
-            got = interrupted.signal
+            why, well = f"stopped by {interrupted.signal.name}", True
         finally:
             ended = service.stop()
             notifier.close()
-        why = f"stopped by {got.name}" if got is not None else "stopped because a thread died"
-        output.event(f"{why} after {service.served} connections", event="stopped", connections=service.served)
-    return 0 if got is not None and ended else 1
+        tell(f"{why} after {service.served} connections", event="stopped", connections=service.served)
+    return 0 if well and ended else 1
 
 
 def _from_words(words: tuple[str, ...], socket_path: str | None, fd: int | None, defaults: DeviceSpec) -> list[DeviceSpec]:
@@ -149,7 +178,7 @@ def _from_words(words: tuple[str, ...], socket_path: str | None, fd: int | None,
     return [replace(defaults, target=target, socket_path=path or socket_path) for path, target in pairs]
 
 
-def _announce(servers: list[ServiceServer], output: Output) -> None:
+def _announce(servers: list[ServiceServer], tell: Callable[..., None]) -> None:
     facts = [
         {"name": spec.name, "target": spec.target, "socket": server.listener.place, "vdpa": spec.vdpa}
         for server in servers
@@ -157,4 +186,4 @@ def _announce(servers: list[ServiceServer], output: Output) -> None:
     ]
     only = {key: facts[0][key] for key in ("target", "socket", "vdpa")} if len(facts) == 1 else {}
     text = "\n".join(f"serving {fact['target']} on {fact['socket']} (vdpa={fact['vdpa']})" for fact in facts)
-    output.event(text, event="ready", **only, devices=facts)
+    tell(text, event="ready", **only, devices=facts)

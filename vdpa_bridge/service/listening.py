@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Sockets to listen on: made at an exact path, or taken over.
+"""Sockets to serve on: made at an exact path, or taken over.
 
 Rule of this file: nobody can connect before owner, group and mode are right; a socket file is removed only if it is dead,
 or ours.
@@ -40,7 +40,7 @@ class PeerCredentials:
 
 
 class Listener:
-    """A Unix socket that is listened on. *place* is how to call it."""
+    """A Unix socket that is listened on, or one that was taken over with its client. *place* is how to call it."""
 
     def __init__(self, sock: socket.socket, place: str, path: str | None = None) -> None:
         self.sock = sock
@@ -80,15 +80,15 @@ class Listener:
 
     @classmethod
     def adopt(cls, fd: int, origin: str) -> Listener:
-        """Take over descriptor *fd*, to be closed here from now on; ValueError unless it is a listening Unix stream socket, and it stays open."""
+        """Take over descriptor *fd*, to be closed here from now on; ValueError unless it is a Unix stream socket that listens or is connected, and it stays open."""
         try:
             sock = socket.socket(fileno=fd)
         except OSError as error:
-            raise ValueError(f"{origin}: {error.strerror}; it must be a listening Unix socket") from None
+            raise ValueError(f"{origin}: {error.strerror}; it must be a Unix socket that listens or is connected") from None
         kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        if sock.family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if sock.family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not (_listens(sock) or _is_connected(sock)):
             sock.detach()
-            raise ValueError(f"{origin} is no listening Unix socket")
+            raise ValueError(f"{origin} is no Unix stream socket that listens or is connected")
         os.set_inheritable(fd, False)
         sock.setblocking(True)
         return cls(sock, origin)
@@ -110,6 +110,18 @@ class Listener:
         """Remove the file and close; harmless when done before."""
         self.remove()
         self.sock.close()
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _identity(path: str) -> tuple[int, int] | None:

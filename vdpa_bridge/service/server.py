@@ -62,16 +62,18 @@ class ServedDevice:
 
 
 class ServiceServer(Server):
-    """The server of one device. *on_client* is called in its thread after a client came or went."""
+    """The server of one device. In its thread, *on_client* is called after a client came or went, *on_end* when nobody else can come."""
 
-    def __init__(self, device: ServedDevice, listener: Listener, on_client: Callable[[], None]) -> None:
+    def __init__(self, device: ServedDevice, listener: Listener, on_client: Callable[[], None], on_end: Callable[[], None]) -> None:
         spec = device.spec
         super().__init__(device.open, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout, relay=spec.relay == "auto")
         self.device = device
         self.listener = listener
         self.peer: PeerCredentials | None = None
         """The client that is being served."""
-        self._on_client = on_client
+        self.ended = False
+        """Whether the only client is gone."""
+        self._on_client, self._on_end = on_client, on_end
 
     @property
     def relayed(self) -> str:
@@ -80,9 +82,12 @@ class ServiceServer(Server):
         return "" if session is None else "asked for" if self.device.spec.relay == "on" else session.relayed
 
     def run(self) -> None:
-        """Serve until ``stop``; what is logged meanwhile belongs to this device."""
+        """As the server does; what is logged meanwhile belongs to this device."""
         CONTEXT.device = self.device.spec.name
         super().run()
+        if not self._stopping.is_set():
+            self.ended = True
+            self._on_end()
 
     def attend(self, client: socket.socket | None) -> None:
         """Note who it is."""

@@ -33,6 +33,8 @@ _RELOAD = 5.0
 """Seconds after which a reload that hangs in a device's file is reported."""
 _DIED = 0
 """What is written to the pipe of signals when a thread died; no signal has this number."""
+_ENDED = 255
+"""The same when a device's only client is gone."""
 
 
 class Interrupted(Exception):
@@ -44,7 +46,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the deaths of threads, in the order in which they come. Main thread only."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the ends of threads, in the order in which they come. Main thread only."""
 
     def __enter__(self) -> Self:
         self._interruptible = False
@@ -85,12 +87,16 @@ class Signals:
         with contextlib.suppress(OSError):
             os.write(self._write, bytes([_DIED]))
 
+    def ended(self) -> None:
+        """A device's only client is gone. Any thread."""
+        os.write(self._write, bytes([_ENDED]))
+
     def fileno(self) -> int:
         """Readable when one came: for those who wait for other things as well."""
         return self._read
 
     def wait(self) -> int:
-        """The next one's number, 0 for the death of a thread."""
+        """The next one's number, 0 for the death of a thread, 255 for ``ended``."""
         return os.read(self._read, 1)[0]
 
 
@@ -132,7 +138,7 @@ class Service:
             except OSError as error:
                 self._failed(spec, error)
                 continue
-            self.servers.append(ServiceServer(device, listener, self._tell))
+            self.servers.append(ServiceServer(device, listener, self._tell, signals.ended))
         if not self.servers:
             raise OSError(errno.ENODEV, "no device is left to serve")
         for server in self.servers:
@@ -146,16 +152,18 @@ class Service:
             raise OSError(getattr(error, "errno", None) or errno.EIO, f"{spec.name}: {reason(error)}") from error
         event(logging.ERROR, "unavailable", reason(error), device=spec.name)
 
-    def run(self, signals: Signals) -> signal.Signals | None:
-        """Serve until SIGTERM or SIGINT, which is returned, or until a thread died: None."""
+    def run(self, signals: Signals) -> tuple[str, bool]:
+        """Serve until SIGTERM or SIGINT, until nobody can come any more, or until a thread died; which, and whether that is well."""
         while (number := signals.wait()) != _DIED:
             if number in STOP:
-                return signal.Signals(number)
+                return f"stopped by {signal.Signals(number).name}", True
             if number == signal.SIGHUP:
                 threading.Thread(target=self._reload, name="reload", daemon=True).start()
-            else:
+            elif number != _ENDED:
                 self.log_status()
-        return None
+            elif all(server.ended for server in self.servers):
+                return "ended with the only client", True
+        return "stopped because a thread died", False
 
     def log_status(self) -> None:
         """One line for each device."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The vhost-user server's socket: one listening socket, client after client, one thread.
+"""The vhost-user server's socket: one listening socket, client after client, or one that is connected already; one thread.
 
 Rule of this file: a client that misbehaves, stalls in the middle of a message or disappears costs itself the connection
 and nobody else anything. Waiting for the next message of a client has no limit (an idle client is a good client);
@@ -44,6 +44,8 @@ _SILENCE = 1.0
 class Server:
     """Serves the device that *open_device* opens, to whoever connects to *path* (or to the listening socket *sock*).
 
+    A *sock* that is connected already brings the only client.
+
     Each connection opens the device anew and closes it at its end. *timeout* in seconds: how long a client may stop
     in the middle of a message, or leave replies unread. *relay*: see ``Session``.
     """
@@ -66,6 +68,7 @@ class Server:
         self._send_limit = _time_limit(timeout)
         self._own_path = sock is None
         self._listener = sock if sock is not None else _listen(path)
+        self._listens = bool(self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         self._client: socket.socket | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,7 +85,10 @@ class Server:
         return self
 
     def run(self) -> None:
-        """Serve until ``stop``."""
+        """Serve until ``stop``, or until the only client is gone."""
+        if not self._listens:
+            self._serve_and_close(self._listener)
+            return
         while not self._stopping.is_set():
             try:
                 client, _ = self._listener.accept()
@@ -94,12 +100,15 @@ class Server:
                 _log.warning("%s: a client has to wait: %s", self.path, reason(error))
                 self._stopping.wait(_PAUSE)
                 continue
-            with client:
-                self._client = client
-                if not self._stopping.is_set():
-                    self._serve(client)
-                self._client = None
-            self.served += 1
+            self._serve_and_close(client)
+
+    def _serve_and_close(self, client: socket.socket) -> None:
+        with client:
+            self._client = client
+            if not self._stopping.is_set():
+                self._serve(client)
+            self._client = None
+        self.served += 1
 
     # For those who watch, in the thread of the server --------------------------------------------------------------------
 
