@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import vdpa_bridge
+from tests.support.programs import capabilities, descriptor
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "vdpa_bridge"
@@ -178,7 +179,7 @@ def test_tools_explain_themselves(name: str) -> None:
 
 
 def test_archives_hold_what_they_must(tmp_path: Path) -> None:
-    """The source archive is complete, as the wheel is built from it; the wheel works away from the sources."""
+    """The source archive is complete, as the wheel is built from it; what the wheel installs works away from the sources."""
     for name in ("Cython", "setuptools"):
         tool(name)
     tree = tmp_path / "tree"
@@ -197,9 +198,16 @@ def test_archives_hold_what_they_must(tmp_path: Path) -> None:
     wheel = tmp_path / run(sys.executable, "-W", "ignore", "-c", build, "build_wheel", tmp_path, cwd=unpacked, CFLAGS="-O0").splitlines()[-1]
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
-        packed.extractall(tmp_path / "site")
     assert {"vdpa_bridge/py.typed", "vdpa_bridge/_virtqueue.pyi", "vdpa_bridge/ops.py", "vdpa_bridge/cli/__init__.py"} <= names
     assert not [name for name in names if name.endswith((".pyx", ".c", ".h")) or name.startswith(("tests", "tools"))]
+    prefix = tmp_path / "prefix"
+    run(*tool("pip"), "install", "--quiet", "--no-index", "--no-deps", "--ignore-installed", "--prefix", prefix, wheel)
+    (site,) = (path.parent for path in prefix.rglob("vdpa_bridge"))
     check = "import vdpa_bridge; print(vdpa_bridge.__file__); print(vdpa_bridge.connect('model:blk?size=1M').identify().device_id)"
-    where, answer = run(sys.executable, "-c", check, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
-    assert (Path(where).parent.parent, answer) == (tmp_path / "site", "2")
+    where, answer = run(sys.executable, "-c", check, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert (Path(where).parent.parent, answer) == (site, "2")
+    run(prefix / "bin/vdpa-bridge", "descriptors", "--install", cwd=tmp_path, PYTHONPATH=str(site))
+    written = [descriptor(path.read_text()) for path in (prefix / "share/qemu/vhost-user").iterdir()]
+    assert {Path(each["binary"]) for each in written} == set((prefix / "bin").glob("vhost-user-vdpa-*"))
+    for each in written:
+        assert capabilities(run(each["binary"], "--print-capabilities", cwd=tmp_path, PYTHONPATH=str(site)))["type"] == each["type"]

@@ -23,10 +23,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.homes import socket_path
+from tests.support.programs import command
 from tests.support.service import Serve, serial, serving, works
+from vdpa_bridge.cli.programs import PROGRAMS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text()
-TESTED = {"sh", "client", "toml", "ini", "activate", "qemu", "xml", "yaml"}
+TESTED = {"sh", "program", "capabilities", "client", "toml", "ini", "activate", "qemu", "xml", "yaml"}
 
 
 def blocks(kind: str) -> list[str]:
@@ -41,9 +43,11 @@ class Machine:
         self.root = root
         for name in ("run/vdpa-bridge", "var/lib/vdpa-bridge", "usr/bin", "etc"):
             (root / name).mkdir(parents=True)
-        program = root / "usr/bin/vdpa-bridge"
-        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m vdpa_bridge "$@"\n')
-        program.chmod(0o755)
+        commands = {"vdpa-bridge": [sys.executable, "-m", "vdpa_bridge"]} | {row.name: command(kind) for kind, row in PROGRAMS.items()}
+        for name, words in commands.items():
+            program = root / "usr/bin" / name
+            program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            program.chmod(0o755)
         (root / "var/lib/vdpa-bridge/disk.img").write_bytes(bytes(1 << 20))
         (config,) = blocks("toml")
         (root / "etc/vdpa-bridge.toml").write_text(self.here(config))
@@ -96,6 +100,24 @@ def test_commands_serve_and_end(machine: Machine, number: int) -> None:
         server.end()
     finally:
         server.close()
+
+
+def test_programs_by_the_conventions(machine: Machine) -> None:
+    (script,) = blocks("program")
+    server = machine.start(script)
+    try:
+        server.logs("ready")
+        works(machine.root / "disk.sock")
+        server.end()
+        assert "stopped" in server.log
+    finally:
+        server.close()
+    (shown,) = blocks("capabilities")
+    asked, _, answer = shown.partition("\n")
+    assert machine.run(asked.removeprefix("$ ")) == answer
+    for row in PROGRAMS.values():
+        own = ", ".join(f"`{option.opts[0]}`" for option in row.own)
+        assert re.search(rf"^\| `{row.name}` \| `{row.type}` \| .*{own} ?\|$", PAGE, re.MULTILINE)
 
 
 def test_units_are_right(machine: Machine) -> None:

@@ -24,7 +24,7 @@ import click
 
 from ..errors import FeatureError, ProtocolError, reason
 
-COMMANDS = ("list", "show", "explain", "mgmt", "ops", "call", "blk", "net", "rng", "console", "scsi", "fs", "vsock", "input", "gpio", "i2c", "drive", "serve", "vduse", "compare")
+COMMANDS = ("list", "show", "explain", "mgmt", "ops", "call", "blk", "net", "rng", "console", "scsi", "fs", "vsock", "input", "gpio", "i2c", "drive", "serve", "vduse", "compare", "descriptors")
 """The modules of this package that hold a ``command``, in the order of --help."""
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -53,24 +53,13 @@ def _described(error: BaseException) -> tuple[str, int]:
     return "", FAILED
 
 
-class Commands(click.Group):
-    """Imports a command when it is asked for, and turns errors into lines and statuses."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, without an import."""
-        return [*COMMANDS]  # the module of the command `list` hides the builtin here
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one."""
-        if cmd_name not in COMMANDS:
-            return None
-        found: click.Command = import_module(f".{cmd_name}", __name__).command
-        return found
+class Program(click.Command):
+    """What a user starts: turns errors into lines and statuses."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:
         """Run the command line and leave the process with its status."""
         extra["standalone_mode"] = False
-        extra["prog_name"] = "vdpa-bridge"
+        extra["prog_name"] = self.name
         try:
             status = super().main(args, *rest, **extra)
             sys.stdout.flush()
@@ -92,6 +81,21 @@ class Commands(click.Group):
         sys.exit(status)
 
 
+class Commands(Program, click.Group):
+    """Imports a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, without an import."""
+        return [*COMMANDS]  # the module of the command `list` hides the builtin here
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one."""
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = import_module(f".{cmd_name}", __name__).command
+        return found
+
+
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
@@ -105,6 +109,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 
 
 @click.command(
+    "vdpa-bridge",
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b

@@ -33,7 +33,7 @@ BACKENDS: tuple[tuple[str, str, bool], ...] = (
     (r"(dpdk-)?testpmd$|passt$|ovs-vswitchd$|vpp$", "net", False),
     (r"virtiofsd$", "fs", True),
     (r"vhost-user-gpu$", "gpu", True),
-    (r"vhost-(?:user|device)-(\w+)", "", False),
+    (r"vhost-(?:user|device)-(?:vdpa-)?(\w+)", "", False),
     (r"vdpa[-_]bridge$|spdk_tgt$|vhost$", "", False),
 )
 """Programs known to serve vhost-user: name, device type ("" when it varies), whether it ends when a client leaves."""

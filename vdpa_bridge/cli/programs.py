@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""``vhost-user-vdpa-blk`` and its kind: one program per device type, by vhost-user's "back-end program conventions".
+
+Rules of this file: a program is a row of PROGRAMS, and what it claims to support follows from the options in that row;
+options of devices are those of the model, under the name that the conventions have for them if they have one; stdout
+belongs to ``--print-capabilities``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+
+from . import Program
+from .common import Command, Trace, trace_option
+from .serve import run, service_options
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """A program that serves the model *kind*, for management software that looks for a *type* (``VHostUserBackendType``)."""
+
+    kind: str
+    type: str
+    what: str
+    examples: str
+    conventional: tuple[click.Option, ...] = ()
+    """Options that the conventions define for the type, and whose presence is a feature."""
+    own: tuple[click.Option, ...] = ()
+    """Options beyond the conventions."""
+
+    @property
+    def name(self) -> str:
+        """Of the executable."""
+        return f"vhost-user-vdpa-{self.kind}"
+
+    @property
+    def file(self) -> str:
+        """Of the descriptor."""
+        return f"50-vdpa-bridge-{self.kind}.json"
+
+    def capabilities(self) -> dict[str, object]:
+        """A ``VHostUserBackendCapabilities``: features only where the schema knows some for the type."""
+        features = [option.opts[0].removeprefix("--") for option in self.conventional]
+        return {"type": self.type} | ({"features": features} if features else {})
+
+    def descriptor(self, directory: Path) -> dict[str, object]:
+        """A ``VhostUserBackend`` for the program in *directory*, which is absolute."""
+        return {"description": f"vdpa-bridge {self.what}", "type": self.type, "binary": str(directory / self.name)}
+
+
+PROGRAMS = {
+    program.kind: program
+    for program in (
+        BackEnd(
+            "blk",
+            "block",
+            "disk",
+            """
+vhost-user-vdpa-blk --socket-path /run/disk.sock --blk-file disk.img
+vhost-user-vdpa-blk --fd 3 --blk-file /dev/vg0/guest --read-only
+vhost-user-vdpa-blk --socket-path /run/scratch.sock --size 1G --queues 4 -v
+""",
+            (
+                click.Option(["--blk-file", "file"], metavar="PATH", help="The file or block device that holds the disk.  [default: memory]"),
+                click.Option(["--read-only", "readonly"], flag_value="on", default=None, help="Offer the disk for reading alone."),
+            ),
+            (
+                click.Option(["--size"], metavar="SIZE", help="Of a disk in memory: 64M, 1G.  [default: 256M]"),
+                click.Option(["--serial"], metavar="TEXT", help="What the disk calls itself, at most 20 bytes."),
+                click.Option(["--queues"], metavar="N", help="Request queues.  [default: 1]"),
+            ),
+        ),
+        BackEnd(
+            "net",
+            "net",
+            "network interface that loops back",
+            """
+vhost-user-vdpa-net --socket-path /run/net.sock
+vhost-user-vdpa-net --socket-path /run/net.sock --mac 52:54:00:12:34:56 --mtu 9000 --pairs 4
+vhost-user-vdpa-net --fd 3 --log-format json -v
+""",
+            (),
+            (
+                click.Option(["--mac"], metavar="ADDRESS", help="Of the interface.  [default: 02:00:00:00:00:01]"),
+                click.Option(["--mtu"], metavar="BYTES", help="Of the interface.  [default: 1500]"),
+                click.Option(["--pairs"], metavar="N", help="Queue pairs.  [default: 1]"),
+            ),
+        ),
+        BackEnd(
+            "rng",
+            "rng",
+            "entropy source",
+            """
+vhost-user-vdpa-rng --socket-path /run/rng.sock
+vhost-user-vdpa-rng --fd 3
+""",
+        ),
+    )
+}
+"""By the name of the model."""
+
+
+class _Launcher(Command, Program):
+    """The command of a back-end."""
+
+    def __init__(self, *args: Any, capabilities: dict[str, object], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._capabilities = capabilities
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Whoever asks for capabilities gets nothing else, whatever the other words are."""
+        if "--print-capabilities" in args:
+            click.echo(json.dumps(self._capabilities, indent=2))
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+def _command(back_end: BackEnd) -> click.Command:
+    def serve(
+        socket_path: str | None,
+        fd: int | None,
+        vdpa: str,
+        socket_mode: int,
+        socket_group: int | None,
+        timeout: float,
+        log_format: str,
+        verbose: bool,
+        trace: Trace,
+        **device: str | None,
+    ) -> int:
+        from ..service.journal import event as log
+        from ..service.spec import DeviceSpec, checked
+
+        if (socket_path is None) == (fd is None):
+            raise click.UsageError("give either --socket-path or --fd")
+        options = urlencode({name: value for name, value in device.items() if value is not None})
+        target = f"model:{back_end.kind}{'?' if options else ''}{options}"
+        spec = DeviceSpec(target, socket_path, back_end.kind, socket_mode, socket_group, vdpa, timeout)
+
+        def tell(text: str, *, event: str, **facts: object) -> None:
+            log(logging.INFO, event, text, back_end.kind)
+
+        return run(checked([spec]), [(spec.name, fd)] if fd is not None else [], tell, trace, log_format, verbose)
+
+    params: list[click.Parameter] = [
+        click.Option(["--socket-path"], metavar="PATH", help="Where to listen, for client after client; a stale socket there is replaced."),
+        click.Option(["--fd"], type=click.IntRange(0), metavar="FDNUM", help="A socket to take over instead: one that listens, or is connected to the only client."),
+        click.Option(["--print-capabilities"], is_flag=True, expose_value=False, help="Print what this program supports as JSON, and do nothing else."),
+        *back_end.conventional,
+        *back_end.own,
+    ]
+    text = f"""Serve a {back_end.what} on a vhost-user socket, in the foreground, until SIGTERM or SIGINT.
+
+    The program follows vhost-user's back-end program conventions. Its log goes to stderr.
+    """
+    build = click.command(
+        back_end.name,
+        cls=_Launcher,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        params=params,
+        help=text,
+        examples=back_end.examples,
+        capabilities=back_end.capabilities(),
+    )
+    command: click.Command = build(service_options(trace_option(serve)))
+    return command
+
+
+blk, net, rng = (_command(PROGRAMS[kind]) for kind in ("blk", "net", "rng"))
