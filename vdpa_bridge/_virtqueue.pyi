@@ -265,6 +265,12 @@ def guard(address: int, size: int) -> None:
 def unguard(address: int) -> None:
     """Stop guarding the mapping that starts at `address`; before munmap(). ValueError when there is none."""
 
+def map_guarded(fd: int, size: int, offset: int, writable: bool) -> int:
+    """Map whole pages of `fd` shared, guarded as by `guard`; where they are. OSError as mmap() has it."""
+
+def unmap_guarded(address: int, size: int) -> None:
+    """Undo `map_guarded`. ValueError when there is no such mapping."""
+
 def poisoned(address: int) -> bool:
     """Whether the guarded mapping that starts at `address` was replaced. ValueError when there is none."""
 

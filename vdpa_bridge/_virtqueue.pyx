@@ -10,11 +10,12 @@ fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_v
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO
+from libc.errno cimport EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
-from posix.unistd cimport usleep
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.unistd cimport off_t, usleep
 
 from os import strerror
 from types import GenericAlias

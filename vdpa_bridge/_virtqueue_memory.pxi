@@ -95,6 +95,24 @@ def unguard(uintptr_t address):
     guarded(address, guard_remove(<void *> address))
 
 
+def map_guarded(int fd, uint64_t size, uint64_t offset, bint writable):
+    cdef void *start = mmap(NULL, size, PROT_READ | PROT_WRITE if writable else PROT_READ, MAP_SHARED, fd, <off_t> offset)
+    cdef int error = errno
+    if start == MAP_FAILED:
+        raise OSError(error, strerror(error))
+    try:
+        guard(<uintptr_t> start, size)
+    except BaseException:
+        munmap(start, size)
+        raise
+    return <uintptr_t> start
+
+
+def unmap_guarded(uintptr_t address, uint64_t size):
+    unguard(address)
+    munmap(<void *> address, size)
+
+
 def poisoned(uintptr_t address):
     return guarded(address, guard_poisoned(<void *> address)) > 0
 

@@ -112,7 +112,10 @@ class RingSetup:
 
 def first_error(results: Sequence[Any]) -> OSError | None:
     """The first error among the results of ``call_many``."""
-    return next((r for r in results if isinstance(r, OSError)), None)
+    for result in results:
+        if isinstance(result, OSError):
+            return result
+    return None
 
 
 class Device:

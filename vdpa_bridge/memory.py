@@ -16,7 +16,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from . import _virtqueue
 from .flags import BackendFeature
@@ -63,22 +63,15 @@ class SharedMapping:
 
     def __init__(self, fd: int, size: int, offset: int = 0, perm: int = RW) -> None:
         status = check_room(fd, offset + size)
-        prot = mmap.PROT_READ if perm == RO else mmap.PROT_READ | mmap.PROT_WRITE
         grain = _grain(status.st_blksize)
         head = offset % grain
         self._whole = -(-(head + size) // grain) * grain
-        start = _libc.mmap(None, self._whole, prot, mmap.MAP_SHARED, fd, offset - head)
-        if start == _MAP_FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, f"mmap of {size:#x} bytes at offset {offset:#x}: {os.strerror(number)}")
-        self._start = start
-        self.address = ProcessAddress(start + head)
-        self.size = size
         try:
-            _virtqueue.guard(start, self._whole)
-        except BaseException:
-            _libc.munmap(start, self._whole)
-            raise
+            self._start = _virtqueue.map_guarded(fd, self._whole, offset - head, perm != RO)
+        except OSError as error:
+            raise OSError(error.errno, f"mmap of {size:#x} bytes at offset {offset:#x}: {error.strerror}") from None
+        self.address = ProcessAddress(self._start + head)
+        self.size = size
 
     @property
     def poisoned(self) -> bool:
@@ -89,8 +82,7 @@ class SharedMapping:
         """Unmap; harmless when done before."""
         if self.address:
             self.address = ProcessAddress(0)
-            _virtqueue.unguard(self._start)
-            _libc.munmap(self._start, self._whole)
+            _virtqueue.unmap_guarded(self._start, self._whole)
 
 
 class Doorbell:
@@ -179,8 +171,7 @@ class Region:
 V = TypeVar("V")
 
 
-@dataclass(frozen=True)
-class Entry(Generic[V]):
+class Entry(NamedTuple, Generic[V]):
     """One mapping of an address space; *value* is whatever the back-end keeps for it."""
 
     iova: Iova
@@ -255,6 +246,10 @@ class IotlbTable(Generic[V]):
     def add(self, update: IotlbUpdate, value: V) -> Entry[V]:
         """Enter a mapping; checks first."""
         self.check(update)
+        return self.enter(update, value)
+
+    def enter(self, update: IotlbUpdate, value: V) -> Entry[V]:
+        """Enter a mapping that ``check`` has let pass, with nothing entered since."""
         entry = Entry(update.iova, update.size, update.perm, update.asid, value)
         bisect.insort(self._spaces[update.asid], entry, key=lambda e: e.iova)
         return entry

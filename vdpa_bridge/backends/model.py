@@ -291,7 +291,7 @@ class ModelBackend(RuledBackend):
         request = self._for_memory(request)
         self._table.check(request)
         mapping = SharedMapping(request.fd, request.size, request.offset, request.perm)
-        self._table.add(request, mapping)
+        self._table.enter(request, mapping)
         self._maps[request.asid].add(request.iova, request.size, mapping.address, request.perm)
         self._runner.retry()
 

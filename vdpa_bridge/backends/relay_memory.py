@@ -94,7 +94,7 @@ class RelayMemory:
             if fd >= 0:
                 os.close(fd)
             raise
-        self.table.add(request, Piece(mapping, update, True))
+        self.table.enter(request, Piece(mapping, update, True))
         self.here.add(request.iova, request.size, mapping.address, request.perm)
         self.places.add(request.iova, request.size, place, request.perm)
 

@@ -171,7 +171,7 @@ class VhostVdpa(Backend):
         except OSError:
             mapping.close()
             raise
-        table.add(request, mapping)
+        table.enter(request, mapping)
 
     def _map(self, request: IotlbUpdate, address: int) -> None:
         """Write the message, and put a name to the EFAULT that vhost_chr_write_iter makes of every error."""
