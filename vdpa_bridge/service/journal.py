@@ -41,6 +41,8 @@ CONTEXT = Context()
 
 def event(level: int, name: str, text: str = "", device: str = "", **more: object) -> None:
     """Log that *name* happened to the thread's device, or to *device*; *text* is the reason."""
+    if not LOGGER.isEnabledFor(level):
+        return
     fields: dict[str, object] = {"event": name, "more": more}
     if device:
         fields["device"] = device

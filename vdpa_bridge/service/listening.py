@@ -16,8 +16,8 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 BACKLOG = 8
 """Clients that may wait while one is served."""
@@ -25,8 +25,10 @@ _LOCK_PATIENCE = 2.0
 """Seconds to wait for others of our kind who make a socket in the same directory."""
 
 
-@dataclass(frozen=True)
-class PeerCredentials:
+_UCRED = struct.Struct("3i")
+
+
+class PeerCredentials(NamedTuple):
     """Who is at the other end, as the kernel knows it (SO_PEERCRED, unix(7)): of the moment of connect, or of listen."""
 
     pid: int
@@ -36,7 +38,7 @@ class PeerCredentials:
     @classmethod
     def of(cls, sock: socket.socket) -> PeerCredentials:
         """OSError when *sock* is not connected."""
-        return cls(*struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))))
+        return cls(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
 class Listener:

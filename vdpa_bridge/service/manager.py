@@ -71,6 +71,11 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address.startswith(("/", "@")) else None
 
+    @property
+    def heard(self) -> bool:
+        """Whether there is a service manager that listens."""
+        return self._sock is not None
+
     def send(self, *lines: str) -> None:
         """``send("READY=1", "STATUS=2 devices")``. Never waits and never fails."""
         if self._sock is not None:

@@ -191,7 +191,8 @@ class Service:
         return not left
 
     def _tell(self) -> None:
-        self._notifier.send(self._state())
+        if self._notifier.heard:
+            self._notifier.send(self._state())
 
     def _state(self) -> str:
         clients = sum(server.peer is not None for server in self.servers)

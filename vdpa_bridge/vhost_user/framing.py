@@ -112,7 +112,7 @@ class Receiver:
             return None
         self._at = end = at + HEADER.size + size
         payload = buffer[end - size : end]
-        result = Frame(request, flags, payload)
+        result = Frame(request, flags, payload, [])
         least, most = self._wanted(request, payload)
         if most or self._fds:
             self._claim(result, least, most)

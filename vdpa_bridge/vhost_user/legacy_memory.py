@@ -123,7 +123,10 @@ class ClientMemory:
 
     def find(self, address: int) -> ClientRegion | None:
         """The region with the client's *address* in it."""
-        return next((held for held in self.regions if held.holds(address)), None)
+        for held in self.regions:
+            if held.holds(address):
+                return held
+        return None
 
     def holder(self, address: int, what: str) -> ClientRegion:
         """The same; EFAULT."""

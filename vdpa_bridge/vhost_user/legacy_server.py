@@ -42,6 +42,8 @@ OFFERED = P.MQ | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE | P.CON
 """Protocol features that this server implements."""
 _FOR_IOTLB = P.REPLY_ACK | P.BACKEND_REQ
 """What a client has to accept before it is offered ACCESS_PLATFORM: a miss and its answer need both."""
+_DONE, _FAILED = U64(0).pack(), U64(1).pack()
+"""The two acknowledgements."""
 MAX_SLOTS = 509
 """Memory regions; what libvhost-user offers too, and QEMU expects never to shrink."""
 
@@ -76,12 +78,12 @@ class LegacyService(LifeCycle):
         if method is None:
             raise RemoteProtocolError(f"{message_name(number)} is not offered by this server")
         row = m.BY_NUMBER[number]
-        acknowledge = row.reply is None and message.need_reply and bool(self._protocol & P.REPLY_ACK)
+        kind, answer, payload = row.request, row.reply, message.payload
+        acknowledge = answer is None and message.need_reply and bool(self._protocol & P.REPLY_ACK)
         try:
-            if row.request is Empty and message.payload:
-                raise ValueError(f"takes no payload, {len(message.payload)} bytes came")
-            request = EMPTY if row.request is Empty else row.request.unpack(message.payload)
-            reply = method(self, message, request)
+            if kind is Empty and payload:
+                raise ValueError(f"takes no payload, {len(payload)} bytes came")
+            reply = method(self, message, EMPTY if kind is Empty else kind.unpack(payload))
         except ValueError as error:
             raise RemoteProtocolError(f"{message_name(number)}: {error}") from None
         except OSError as error:
@@ -92,12 +94,12 @@ class LegacyService(LifeCycle):
             if not acknowledge:
                 raise RemoteProtocolError(text) from None
             _log.warning("%s", text)
-            return frame(number, U64(1).pack(), REPLY_FLAGS)
-        if row.reply is not None:
+            return frame(number, _FAILED, REPLY_FLAGS)
+        if answer is not None:
             return frame(number, (reply or EMPTY).pack(), REPLY_FLAGS)
         if number == m.SET_PROTOCOL_FEATURES.number:
             acknowledge = message.need_reply and bool(self._protocol & P.REPLY_ACK)
-        return frame(number, U64(0).pack(), REPLY_FLAGS) if acknowledge else b""
+        return frame(number, _DONE, REPLY_FLAGS) if acknowledge else b""
 
     def close(self) -> None:
         """Give the client's descriptors back."""

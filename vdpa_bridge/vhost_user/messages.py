@@ -164,6 +164,8 @@ BACKEND_CONFIG_CHANGE = 2
 """CONFIG_CHANGE_MSG, on the same socket."""
 
 BY_NUMBER: dict[int, Legacy] = {row.number: row for row in list(globals().values()) if isinstance(row, Legacy)}
+_FDS = {row.number: row.fds for row in BY_NUMBER.values() if row is not SET_MEM_TABLE and (row.request is not U64 or row.fds != (0, 1))}
+"""Least and most descriptors of those whose content does not matter for it."""
 
 _OTHER_NAMES = {
     6: "SET_LOG_BASE",
@@ -203,16 +205,16 @@ def message_name(number: int) -> str:
 
 def legacy_fds(number: int, payload: bytes) -> tuple[int, int]:
     """Least and most descriptors of a legacy message."""
+    if (always := _FDS.get(number)) is not None:
+        return always
     row = BY_NUMBER.get(number)
     if row is None:
         return 0, MAX_REGIONS
-    if row.request is U64 and row.fds == (0, 1):
+    if row.request is U64:
         announced = len(payload) == 8 and not U64.unpack(payload).value & NOFD
         return (1, 1) if announced else (0, 0)
-    if row is SET_MEM_TABLE:
-        count = min(int.from_bytes(payload[:4], "little"), MAX_REGIONS)
-        return count, count
-    return row.fds
+    count = min(int.from_bytes(payload[:4], "little"), MAX_REGIONS)
+    return count, count
 
 
 __all__ = ["BY_NUMBER", "EMPTY", "ConfigSpace", "IotlbMessage", "Legacy", "MemReg", "MemTable", "MemoryRegion", "legacy_fds", "message_name"]

@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _CHUNK = 65536
 _ANCILLARY = socket.CMSG_SPACE(4 * MAX_FDS)
+_CUT = int(socket.MSG_CTRUNC)
+"""A plain number: each ``&`` with the enumeration that it is of would run a page of Python code, once a message."""
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR}
 """What can be wrong with accept today and right tomorrow: other devices and their clients share our limits."""
 _PAUSE = 0.1
@@ -65,7 +67,7 @@ class Server:
         self._vdpa = vdpa
         self._relay = relay
         self._timeout = timeout
-        self._send_limit = _time_limit(timeout)
+        self._send_limit, self._silence = _time_limit(timeout), _time_limit(_SILENCE)
         self._own_path = sock is None
         self._listener = sock if sock is not None else _listen(path)
         self._listens = bool(self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
@@ -148,7 +150,7 @@ class Server:
         try:
             self.attend(client)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._send_limit)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _time_limit(_SILENCE))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._silence)
             self.session = self._open()
             if self.session is not None:
                 self._until_end(client, self.session, receiver)
@@ -196,14 +198,14 @@ class Server:
             self.tell(level, name, why, mode=session.mode, seconds=round(time.monotonic() - start, 3))
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
-        view, flags = [self._view], socket.MSG_CMSG_CLOEXEC
+        view, flags = [self._view], int(socket.MSG_CMSG_CLOEXEC)
         while True:
             if receiver.partial and not _readable([client.fileno()], self._timeout):
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
-            if session.event >= 0:
-                sources = [client.fileno(), session.event]
+            if (event := session.event) >= 0:
+                sources = [client.fileno(), event]
                 ready = _readable(sources, _SILENCE) or self._silent(session, sources)
-                if session.event in ready:
+                if event in ready:
                     session.on_event()
                 if client.fileno() not in ready:
                     continue
@@ -215,7 +217,7 @@ class Server:
             except ConnectionResetError:
                 count, ancillary, got = 0, [], 0
             fds = _descriptors(ancillary) if ancillary else []
-            if got & socket.MSG_CTRUNC:
+            if got & _CUT:
                 close_all(fds)
                 if len(fds) < MAX_FDS:
                     raise OSError(errno.EMFILE, f"descriptors were lost, {len(fds)} came: this process has no room for more (RLIMIT_NOFILE)")

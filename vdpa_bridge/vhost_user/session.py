@@ -25,6 +25,9 @@ from .vdpa_mode import HELLO_OP, OUR_HELLO, RELAYED, Hello, answer_bytes, check_
 
 _log = logging.getLogger(__name__)
 
+_NEUTRAL = {m.GET_FEATURES.number, m.GET_PROTOCOL_FEATURES.number, m.SET_OWNER.number}
+"""Messages that a client of either mode may begin with."""
+
 
 class Session:
     """One client of one device. Takes over the back-end. *vdpa* is ``require``, ``prefer`` or ``off``.
@@ -97,7 +100,7 @@ class Session:
                 self._handle = self._hello
                 return b""
             self._decide_for_legacy(message)
-        elif message.request not in (m.GET_FEATURES.number, m.GET_PROTOCOL_FEATURES.number, m.SET_OWNER.number):
+        elif message.request not in _NEUTRAL:
             self._decide_for_legacy(message)
         return self._legacy.handle(message)
 
