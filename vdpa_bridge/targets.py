@@ -7,6 +7,7 @@
     vhost-net:TAP[?mac=52:54:00:12:34:56]   a NIC of the kernel's own vhost, on a tap interface
     vhost-vsock:CID                         a socket device of the kernel's own vhost, with that context id
     model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
+    model:scsi?file=PATH,PATH[&readonly=on&serial=TEXT&queues=N]   model:rng
 
 Rule of this file: the only place where a string decides which home a device has.
 """

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.homes import socket_path
+from vdpa_bridge import Target
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver, NetDriver
 from vdpa_bridge.models import BlkModel, Model, make_model
 from vdpa_bridge.models.base import Queue
+from vdpa_bridge.vhost_user.server import Server
+from vdpa_bridge.virtio.ids import device_name
 
 MIB = 1 << 20
 
@@ -38,6 +42,27 @@ def opened(model: Model) -> Iterator[Device]:
             yield device
     finally:
         home.close()
+
+
+WAYS = ["here", "vDPA mode", "legacy"]
+
+
+@contextmanager
+def in_way(way: str, model: Model) -> Iterator[Device]:
+    """A model where it is, or behind a server and a socket: one of WAYS."""
+    if way == "here":
+        with opened(model) as device:
+            yield device
+        return
+    mode = "require" if way == "vDPA mode" else "off"
+    there = ModelDevice(model, "served")
+    try:
+        with socket_path() as path, Server(there.open, path):
+            target = Target.parse(f"vhost-user:{path}?type={device_name(model.device_id)}&vdpa={mode}")
+            with Device(target.open()) as device:
+                yield device
+    finally:
+        there.close()
 
 
 @contextmanager

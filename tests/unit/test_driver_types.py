@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import pytest
 
-from tests.support.driven import opened, quiet
-from tests.support.homes import socket_path
+from tests.support.driven import WAYS, in_way, opened, quiet
 from tests.support.liars import Files
 from tests.support.peripherals import Bus, EchoConsole, Keyboard, Lines, ScsiDisk, SocketHost
 from tests.support.seen import Seen
-from vdpa_bridge import Device, Target
-from vdpa_bridge.backends.model import ModelDevice
+from vdpa_bridge import Device
 from vdpa_bridge.drivers import (
     ConsoleDriver,
     FsDriver,
@@ -35,34 +34,16 @@ from vdpa_bridge.drivers.scsi import Inquiry, ScsiError
 from vdpa_bridge.errors import FeatureError
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.models import Model, RngModel
-from vdpa_bridge.vhost_user.server import Server
-from vdpa_bridge.virtio.ids import device_name
 
 __all__ = ["quiet"]  # an autouse fixture
 
 Homes = Callable[[Model], AbstractContextManager[Device]]
-WAYS = ["here", "vDPA mode", "legacy"]
 
 
 @pytest.fixture(params=WAYS)
 def home(request: pytest.FixtureRequest) -> Homes:
     """Opens a model where it is, or behind a server and a socket."""
-    if request.param == "here":
-        return opened
-
-    @contextmanager
-    def served(model: Model) -> Iterator[Device]:
-        mode = "require" if request.param == "vDPA mode" else "off"
-        there = ModelDevice(model, "served")
-        try:
-            with socket_path() as path, Server(there.open, path):
-                target = Target.parse(f"vhost-user:{path}?type={device_name(model.device_id)}&vdpa={mode}")
-                with Device(target.open()) as device:
-                    yield device
-        finally:
-            there.close()
-
-    return served
+    return partial(in_way, request.param)
 
 
 @pytest.mark.parametrize("rings", ["split", "packed"])

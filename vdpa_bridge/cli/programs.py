@@ -102,6 +102,23 @@ vhost-user-vdpa-rng --socket-path /run/rng.sock
 vhost-user-vdpa-rng --fd 3
 """,
         ),
+        BackEnd(
+            "scsi",
+            "scsi",
+            "SCSI host with disks",
+            """
+vhost-user-vdpa-scsi --socket-path /run/disks.sock --file system.img,data.img
+vhost-user-vdpa-scsi --fd 3 --size 1G,64M --queues 4
+""",
+            (),
+            (
+                click.Option(["--file"], metavar="PATH,PATH", help="The files or block devices that hold the disks.  [default: memory]"),
+                click.Option(["--size"], metavar="SIZE,SIZE", help="Of disks in memory: 64M, 1G.  [default: 256M]"),
+                click.Option(["--read-only", "readonly"], flag_value="on", default=None, help="Offer the disks for reading alone."),
+                click.Option(["--serial"], metavar="TEXT", help="What the disks call themselves, before their number."),
+                click.Option(["--queues"], metavar="N", help="Request queues.  [default: 1]"),
+            ),
+        ),
     )
 }
 """By the name of the model."""
@@ -173,4 +190,4 @@ def _command(back_end: BackEnd) -> click.Command:
     return command
 
 
-blk, net, rng = (_command(PROGRAMS[kind]) for kind in ("blk", "net", "rng"))
+blk, net, rng, scsi = (_command(PROGRAMS[kind]) for kind in ("blk", "net", "rng", "scsi"))

@@ -9,13 +9,15 @@ from .base import Model
 from .blk import BlkModel
 from .net import NetModel
 from .rng import RngModel
+from .scsi import ScsiModel
 
-__all__ = ["KINDS", "BlkModel", "Model", "NetModel", "RngModel", "make_model"]
+__all__ = ["KINDS", "BlkModel", "Model", "NetModel", "RngModel", "ScsiModel", "make_model"]
 
 KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
     "blk": BlkModel.from_options,
     "net": NetModel.from_options,
     "rng": RngModel.from_options,
+    "scsi": ScsiModel.from_options,
 }
 """What there is, by the name it has in targets. Each takes options as text and raises ValueError for a wrong one."""
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import logging
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from enum import IntEnum
@@ -23,6 +21,7 @@ from ..virtio.features import BlockFeature as F
 from ..virtio.ids import DeviceId
 from ..virtqueue import Chain
 from .base import Model, Queue
+from .image import memory_image, open_image
 from .options import check_options, parse_count, parse_size, parse_switch
 
 _log = logging.getLogger(__name__)
@@ -127,16 +126,8 @@ class BlkModel(Model):
         size = parse_size(options.get("size", DEFAULT_SIZE))
         if size < SECTOR or size > LARGEST:
             raise ValueError(f"size={options['size']}; a disk has {SECTOR} bytes to {LARGEST}")
-        if "file" in options:
-            fd = os.open(options["file"], (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
-        else:
-            fd = os.memfd_create("vdpa-bridge-disk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = open_image(options["file"], readonly) if "file" in options else memory_image(size // SECTOR * SECTOR)
         try:
-            if "file" not in options:
-                os.ftruncate(fd, size // SECTOR * SECTOR)
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            elif not (stat.S_ISREG(mode := os.fstat(fd).st_mode) or stat.S_ISBLK(mode)):
-                raise ValueError(f"{options['file']} is neither a file nor a block device")
             return cls(fd, readonly=readonly, serial=options.get("serial", "vdpa_bridge"), queues=queues, holes="file" not in options)
         except BaseException:
             os.close(fd)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""What disks store their blocks in: a file, a block device, or memory, which is a file as well (a memfd)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+
+def open_image(path: str, readonly: bool = False) -> int:
+    """A descriptor of a file or block device. ValueError for anything else, OSError when it cannot be opened."""
+    fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(mode := os.fstat(fd).st_mode) or stat.S_ISBLK(mode):
+        return fd
+    os.close(fd)
+    raise ValueError(f"{path} is neither a file nor a block device")
+
+
+def memory_image(size: int) -> int:
+    """A descriptor of *size* bytes of memory, which stay that many."""
+    fd = os.memfd_create("vdpa-bridge-disk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
