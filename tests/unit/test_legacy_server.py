@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import socket
 import tempfile
 import time
@@ -63,6 +64,21 @@ def test_rings_without_kick_are_polled(path: str, monkeypatch: pytest.MonkeyPatc
         disk.resume()
         assert disk.read(0, 512) == data[:512]
     assert said, "the client did say that it does not kick"
+
+
+def test_a_new_call_descriptor_is_signalled(path: str) -> None:
+    """What was signalled on the old one meanwhile may have gone unseen: the client had moved on before it said so."""
+    new = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        with Bare(path, "legacy") as client:
+            client.start()
+            assert client.tell(m.SET_VRING_CALL, U64(0), new) == 0
+            assert not select.select([new], [], [], 0)[0], "there is no ring yet"
+            assert client.share() == client.ring() == 0
+            assert client.tell(m.SET_VRING_CALL, U64(0), new) == 0
+            assert select.select([new], [], [], 5)[0]
+    finally:
+        os.close(new)
 
 
 SHORT = SIZE - 0x4F0

@@ -311,6 +311,8 @@ class LegacyService(LifeCycle):
         ring.replace("call", fd)
         if ring.set_up:
             self._backend.call(ops.SET_VRING_CALL, VringFile(index, fd))
+            if fd >= 0:  # a call may have gone to the old one that the client did not look at any more (QEMU 7.2's SCSI devices)
+                kick(fd)
 
     def _set_vring_err(self, message: Frame, request: U64) -> None:
         """No vDPA device signals it; the descriptor is closed with the message."""
