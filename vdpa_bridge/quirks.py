@@ -120,6 +120,20 @@ QUIRKS = (
         "without WRITE, the length counts where it can be true",
     ),
     Quirk(
+        "change accepted unoffered",
+        "vhost-user-scsi of QEMU, a client",
+        "7.2",
+        "accepts VIRTIO_SCSI_F_CHANGE for its guest, offered or not",
+        "the SCSI model offers it, and has no change to tell of",
+    ),
+    Quirk(
+        "calls unseen",
+        "vhost-user-scsi of QEMU, a client",
+        "7.2",
+        "looks no more at a call descriptor once it has sent another, read by then or not",
+        "the new one is signalled when it comes while the ring runs",
+    ),
+    Quirk(
         "a page of configuration",
         "vp_vdpa",
         "Linux 6.12",
