@@ -12,6 +12,7 @@ import random
 import select
 import socket
 import struct
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,12 +103,14 @@ class Guest:
             os.eventfd_write(self.kicks[ring], 1)
 
     def done(self, ring: int, patience: float = PATIENCE) -> int:
-        """Bytes written into the chain that comes back next; -1 when none does. The interrupt is waited for, nothing else."""
-        if not select.select([self.calls[ring]], [], [], patience)[0]:
-            return -1
-        os.eventfd_read(self.calls[ring])
-        ((_, written),) = self.queues[ring].reap()
-        return written
+        """Bytes written into the chain that comes back next; -1 when none does. Interrupts are waited for, nothing else; one may come for nothing."""
+        end = time.monotonic() + patience
+        while select.select([self.calls[ring]], [], [], max(0.0, end - time.monotonic()))[0]:
+            os.eventfd_read(self.calls[ring])
+            if came := self.queues[ring].reap():
+                ((_, written),) = came
+                return written
+        return -1
 
     def work(self, device: str, where: str = "ram") -> None:
         """Use all rings of the device with buffers in region *where*: data goes in and comes out as it was."""

@@ -80,7 +80,8 @@ class LifeCycle:
         assert ring.addr is not None
         address = replace(ring.addr, flags=0, log=0) if self._translates else self._memory.ring(index, ring.addr)
         ring.set_up = True
-        calls: list[Call] = [
+        calls: list[Call] = [(ops.SET_VRING_KICK, VringFile(index, -1))] if ring.bound else []  # it would ring the doorbell too early, see _start
+        calls += [
             (ops.SET_VRING_NUM, VringState(index, ring.num)),
             (ops.SET_VRING_ADDR, address),
             (ops.SET_VRING_BASE, VringState(index, ring.base)),
@@ -92,6 +93,7 @@ class LifeCycle:
 
     @staticmethod
     def _kick_call(index: int, ring: ClientRing) -> Call:
+        ring.bound = True
         return ops.SET_VRING_KICK, VringFile(index, ring.kick)
 
     def _is_enabled(self, ring: ClientRing) -> bool:

@@ -33,6 +33,8 @@ class ClientRing:
     """Whether the client has said that it is enabled, or that it is not."""
     set_up: bool = False
     """The device knows this ring."""
+    bound: bool = False
+    """The device has a kick descriptor of it, from now or from before a reset, which takes none away (drivers/vhost/vdpa.c)."""
 
     def replace(self, which: str, fd: int) -> None:
         old = getattr(self, which)
