@@ -21,6 +21,7 @@ from vdpa_bridge.backends.vhost_vdpa import ENOTSUPP
 from vdpa_bridge.explain import CAUSES, Examination, Wishes
 from vdpa_bridge.explain.node import NodeExamination
 from vdpa_bridge.flags import VHOST_USER_F_PROTOCOL_FEATURES, Feature, ProtocolFeature
+from vdpa_bridge.models import KINDS
 from vdpa_bridge.system import modules
 from vdpa_bridge.vhost_user import messages as m
 from vdpa_bridge.vhost_user.framing import HEADER, REPLY, VERSION, frame
@@ -318,7 +319,7 @@ def test_shells_complete_targets(path: Path) -> None:
         return [line.partition(",")[2] for line in run.stdout.splitlines()]
 
     assert completed("vdpa-bridge exp", 1) == ["explain"]
-    assert completed("vdpa-bridge show mod", 2) == ["model:blk", "model:net", "model:rng"]
+    assert completed("vdpa-bridge show mod", 2) == [f"model:{kind}" for kind in KINDS]
     with listening(path.with_name("vhost")):
         assert f"vhost-user:{path.with_name('vhost')}" in completed("vdpa-bridge show vhost-user", 2)
     source = subprocess.run(
