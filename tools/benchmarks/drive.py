@@ -181,7 +181,8 @@ def frames_by_driver(nic: NetDriver, depth: int, count: int) -> None:
 
 def frame_rate(work: Callable[[NetDriver, int, int], None], path: Path, depth: int, count: int) -> float:
     """Frames per second."""
-    with connect(f"vhost-user:{path}?type=net&vdpa=off") as device, NetDriver(device) as nic:
+    # testpmd polls on the CPU of the thread that answers, which may have to wait long for its lock
+    with connect(f"vhost-user:{path}?type=net&vdpa=off&timeout=30") as device, NetDriver(device) as nic:
         start = time.perf_counter()
         work(nic, depth, count)
         return count / (time.perf_counter() - start)
