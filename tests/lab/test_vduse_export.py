@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
-from vdpa_bridge import connect
+from vdpa_bridge import connect, ops
+from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
 from vdpa_bridge.drivers import BlkDriver
 from vdpa_bridge.drivers.base import RING_FEATURES
-from vdpa_bridge.flags import Feature
+from vdpa_bridge.flags import Feature, Status
 from vdpa_bridge.system.vdpa_bus import bus_device
+from vdpa_bridge.wire import EMPTY, U8, U64
 
 from ..support.bridge import bridging
 from ..support.homes import storage_daemon
@@ -227,8 +229,19 @@ def test_killed_and_started_again() -> None:
     assert gone("vd6")
 
 
-def test_what_the_kernel_does_not_take() -> None:
-    with exported("vd7", "model:rng") as device:
-        assert device.process.wait(30) == 1
-        assert "disks and network devices" in device.said()
+def test_features_and_start_in_one_write() -> None:
+    """A driver may set FEATURES_OK and DRIVER_OK together: the device has the features before it starts."""
+    features = Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.RING_PACKED
+    with exported("vd7", "model:blk?size=8M", "--driver", "vhost_vdpa", "--trace") as device:
+        (node,) = device.ready()["used_as"]
+        with VhostVdpa(node) as backend:
+            for op, request in (
+                (ops.SET_OWNER, EMPTY),
+                (ops.SET_FEATURES, U64(features)),
+                (ops.SET_STATUS, U8(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)),
+            ):
+                backend.call(op, request)
+            said = device.said()
+        accepted, started = said.index(f"SET_FEATURES(value={features:#x})"), said.index("SET_STATUS(value=15")
+        assert accepted < started
     assert gone("vd7")

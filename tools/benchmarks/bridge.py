@@ -25,7 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from control import REPO, Goal, running
+from control import REPO, running
+from report import Goal, deliver, show_goals
 from serve import client
 
 HARDWARE = "vp_vdpa (virtio-pci behind an IOMMU)"
@@ -118,9 +119,7 @@ def show(report: dict[str, Any]) -> None:
             figures = f"{row['direct']:,.0f}", f"{row['bridge']:,.0f}", f"{row['ratio']:.2f}", f"{row['relay']:,.0f}", f"{row['relay_ratio']:.2f}"
             table.add_row(name, row["kind"], str(row["depth"]), *figures)
     console.print(table)
-    for goal in report["goals"]:
-        mark = "reached" if goal["value"] <= goal["most"] else "MISSED"
-        console.print(f"{goal['what']}: {goal['value']:.2f} (goal: at most {goal['most']:g}) {mark}")
+    show_goals(console, report)
 
 
 def main() -> None:
@@ -139,13 +138,7 @@ def main() -> None:
     else:
         disks = in_the_lab(arguments.requests, arguments.repeat)
     report: dict[str, Any] = {"disks": disks, "goals": [asdict(goal) for goal in goals(disks)]}
-    text = json.dumps(report, indent=1)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        Path(arguments.json).write_text(text)
-    else:
-        show(report)
+    deliver(report, arguments.json, show)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from report import Goal, deliver, show_goals
 
 from vdpa_bridge import Device, Target, ops
 from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
@@ -45,15 +47,6 @@ COLUMNS = {
     "batched": f"... in a batch of {BATCH}",
     "bring-up": "bring-up",
 }
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure and the most it should be."""
-
-    what: str
-    value: float
-    most: float
 
 
 REPO = Path(__file__).resolve().parents[2]
@@ -259,9 +252,7 @@ def show(report: dict[str, Any]) -> None:
         stack = report["stack"]
         console.print(f"plain socket round trip to qemu-storage-daemon: {report['plain']['round trip']:.1f} us")
         console.print(f"bare ioctl: {stack['ioctl']:.2f} us, through the kernel back-end: {stack['through the stack']:.2f} us")
-    for goal in report.get("goals", []):
-        mark = "reached" if goal["value"] <= goal["most"] else "MISSED"
-        console.print(f"{goal['what']}: {goal['value']:.2f} (goal: at most {goal['most']:g}) {mark}")
+    show_goals(console, report)
 
 
 def main() -> None:
@@ -290,13 +281,7 @@ def main() -> None:
         if not arguments.no_lab:
             rows |= lab_rows(max(40, rounds // 40), max(3, repeat // 3))
         report |= {"homes": rows, "plain": plain, "stack": stack, "goals": checks}
-    text = json.dumps(report, indent=1)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        Path(arguments.json).write_text(text)
-    else:
-        show(report)
+    deliver(report, arguments.json, show)
 
 
 if __name__ == "__main__":

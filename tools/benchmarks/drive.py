@@ -25,7 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from control import Goal, running
+from control import running
+from report import Goal, deliver, show_goals
 from serve import client
 
 from vdpa_bridge import connect
@@ -243,9 +244,7 @@ def show(report: dict[str, Any]) -> None:
         for name, value in row["rates"].items():
             table.add_row(row["work"], name, str(row["depth"]), f"{value:,.0f}", f"{1e6 / value:,.2f}", f"{row['ratios'][name]:.2f}")
     console.print(table)
-    for goal in report["goals"]:
-        mark = "reached" if goal["value"] <= goal["most"] else "MISSED"
-        console.print(f"{goal['what']}: {goal['value']:.2f} (goal: at most {goal['most']:g}) {mark}")
+    show_goals(console, report)
 
 
 def main() -> None:
@@ -259,13 +258,7 @@ def main() -> None:
     pair = (cpus[0], cpus[-1])
     rows = [*measure(arguments.requests, arguments.repeat, pair), measure_frames(50 * arguments.requests, arguments.repeat, pair)]
     report: dict[str, Any] = {"rows": rows, "goals": [asdict(goal) for goal in goals(rows)]}
-    text = json.dumps(report, indent=1)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        Path(arguments.json).write_text(text)
-    else:
-        show(report)
+    deliver(report, arguments.json, show)
 
 
 if __name__ == "__main__":

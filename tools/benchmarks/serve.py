@@ -21,7 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from control import REPO, Figures, Goal, running
+from control import REPO, Figures, running
+from report import Goal, deliver, show_goals
 
 CLIENT = REPO / "userspace" / "client"
 NAMES = {"message_us": "GET_FEATURES", "bring_up_us": "bring-up"}
@@ -73,9 +74,7 @@ def show(report: dict[str, Any]) -> None:
     for name, figures in report["servers"].items():
         table.add_row(name, *(f"{figures[key]:,.1f}" for key in NAMES))
     console.print(table)
-    for goal in report["goals"]:
-        mark = "reached" if goal["value"] <= goal["most"] else "MISSED"
-        console.print(f"{goal['what']}: {goal['value']:.2f} (goal: at most {goal['most']:g}) {mark}")
+    show_goals(console, report)
 
 
 def main() -> None:
@@ -91,13 +90,7 @@ def main() -> None:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     figures = measure(arguments.rounds, arguments.repeat)
     report: dict[str, Any] = {"cpu": arguments.cpu, "servers": figures, "goals": [asdict(goal) for goal in goals(figures)]}
-    text = json.dumps(report, indent=1)
-    if arguments.json == "-":
-        print(text)
-    elif arguments.json:
-        Path(arguments.json).write_text(text)
-    else:
-        show(report)
+    deliver(report, arguments.json, show)
 
 
 if __name__ == "__main__":

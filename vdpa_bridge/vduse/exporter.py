@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from .. import ops
 from ..backends.base import Backend
-from ..device import Device, RingSetup
+from ..device import Device, RingSetup, first_error
 from ..errors import ProtocolError, device_error, reason
 from ..flags import BackendFeature, Feature, Status
 from ..memory import VDUSE_DOMAIN
@@ -41,6 +41,9 @@ _WITHHELD = {
     ),
 }  # fmt: skip
 """Features that VDUSE refuses because they need the device to be asked (vduse_dev.c, features_is_valid), with those that depend on them."""
+_PATIENCE = 30.0
+"""Seconds for an operation that is under way to end: the kernel waits no longer either (VDUSE_MSG_DEFAULT_TIMEOUT)."""
+
 MapKey = tuple[int, int, int, int, object]
 
 
@@ -117,7 +120,7 @@ class Exporter:
         """Take the kernel device away, after it left the vdpa bus, and close the back-end; harmless when done before."""
         if self._thread.is_alive():
             os.eventfd_write(self._stop, 1)
-            self._thread.join()
+            self._thread.join(_PATIENCE)
         if self._node is not None:
             self._node.close()
         if self._control is not None:
@@ -214,22 +217,21 @@ class Exporter:
         fresh = new & ~self._status
         if not new:
             self._reset()
-        elif fresh & Status.DRIVER_OK:
-            self._bring_up(node, new)
-        elif fresh & Status.FEATURES_OK:
+        if fresh & Status.FEATURES_OK:
             self._features = node.features()
-            self._all([(ops.SET_FEATURES, U64(self._features)), (ops.SET_STATUS, U8(new))])
+            self._all([(ops.SET_FEATURES, U64(self._features)), (ops.SET_STATUS, U8(new & ~Status.DRIVER_OK))])
             if not self._device.get_status() & Status.FEATURES_OK:
                 raise OSError(errno.EINVAL, f"the device refuses the features {self._features:#x}")
-        else:
+        if fresh & Status.DRIVER_OK:
+            self._bring_up(node, new)
+        elif new:
             self._device.set_status(new)
         self._status = new
         return True
 
     def _all(self, calls: list[Call]) -> None:
-        for result in self._device.backend.call_many(calls):
-            if isinstance(result, OSError):
-                raise result
+        if error := first_error(self._device.backend.call_many(calls)):
+            raise error
 
     @property
     def _packed(self) -> bool:
@@ -248,7 +250,8 @@ class Exporter:
             ring = RingSetup(index, queue.num, queue.desc, queue.driver, queue.device, kick, call, queue.base(self._packed))
             calls += ring.calls()
         try:
-            self._all([*calls, (ops.SET_STATUS, U8(status))])
+            self._all(calls)  # all of it: a device must not start with a ring that it refused
+            self._device.set_status(status)
         except OSError:
             self._reset()
             raise

@@ -36,15 +36,15 @@ REQUEST = struct.Struct("=II16x128s")
 RESPONSE = struct.Struct("=II16x128s")
 VQ_STATE = struct.Struct("=I4H")
 INDEX = struct.Struct("=I")
-VERSION = struct.Struct("=Q")
+U64 = struct.Struct("=Q")
 NAME = struct.Struct(f"={NAME_MAX}s")
 
-GET_API_VERSION = _ioctl.ior(0x00, VERSION, VDUSE)
-SET_API_VERSION = _ioctl.iow(0x01, VERSION, VDUSE)
+GET_API_VERSION = _ioctl.ior(0x00, U64, VDUSE)
+SET_API_VERSION = _ioctl.iow(0x01, U64, VDUSE)
 CREATE_DEV = _ioctl.iow(0x02, DEV_CONFIG, VDUSE)
 DESTROY_DEV = _ioctl.iow(0x03, NAME, VDUSE)
 IOTLB_GET_FD = _ioctl.iowr(0x10, IOTLB_ENTRY, VDUSE)
-DEV_GET_FEATURES = _ioctl.ior(0x11, VERSION, VDUSE)
+DEV_GET_FEATURES = _ioctl.ior(0x11, U64, VDUSE)
 DEV_SET_CONFIG = _ioctl.iow(0x12, CONFIG_DATA, VDUSE)
 DEV_INJECT_CONFIG_IRQ = _ioctl.io(0x13, VDUSE)
 VQ_SETUP = _ioctl.iow(0x14, VQ_CONFIG, VDUSE)
@@ -129,7 +129,7 @@ class Control:
             }
             raise device_error(error.errno or 0, "open", _CONTROL, hints.get(error.errno or 0, "")) from None
         try:
-            fcntl.ioctl(self._fd, SET_API_VERSION, VERSION.pack(0))
+            fcntl.ioctl(self._fd, SET_API_VERSION, U64.pack(0))
         except BaseException:
             os.close(self._fd)
             raise
@@ -184,9 +184,9 @@ class Node:
 
     def features(self) -> int:
         """What the driver accepted; valid from FEATURES_OK on."""
-        buffer = bytearray(VERSION.size)
+        buffer = bytearray(U64.size)
         fcntl.ioctl(self.fd, DEV_GET_FEATURES, buffer)
-        return int(VERSION.unpack(buffer)[0])
+        return int(U64.unpack(buffer)[0])
 
     def set_config(self, config: bytes) -> None:
         """Replace the configuration space and, where there is a driver, interrupt it."""
