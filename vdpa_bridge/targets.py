@@ -8,6 +8,7 @@
     vhost-vsock:CID                         a socket device of the kernel's own vhost, with that context id
     model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
     model:scsi?file=PATH,PATH[&readonly=on&serial=TEXT&queues=N]   model:rng
+    model:FILE.py[:CLASS][?...]   model:PACKAGE.MODULE:CLASS[?...]   a model of one's own
 
 Rule of this file: the only place where a string decides which home a device has.
 """
@@ -31,7 +32,7 @@ from .backends.vhost_vdpa import VhostVdpa
 from .backends.vhost_vsock import VhostVsock
 from .device import Device
 from .errors import ProtocolError
-from .models import make_model
+from .models import Model, ModelCode, make_model
 from .system.vdpa_bus import bus_device, bus_devices, has_bus
 from .virtio.config import parse_mac
 from .virtio.ids import parse_device_id
@@ -66,6 +67,8 @@ class Target:
     """What a model is called in messages; by default its target."""
     model: ModelDevice | None = None
     """From the first ``open`` to ``close``, where the target is a model."""
+    _code: ModelCode | None = None
+    """The model's, where it is a user's own."""
 
     @classmethod
     def parse(cls, text: str, name: str = "") -> Target:
@@ -97,7 +100,7 @@ class Target:
     def _open(self) -> Backend:
         if self.scheme == "model":
             if self.model is None:
-                self.model = ModelDevice(make_model(self.place, self.options), self.name or self.text)
+                self.model = ModelDevice(self._make_model(), self.name or self.text)
             return self.model.open()
         if self.scheme == "vhost-user":
             return self._open_socket(self.place)
@@ -115,6 +118,24 @@ class Target:
         if mode and not stat.S_ISCHR(mode):
             raise ValueError(f"{path} is neither a character device nor a socket; {GRAMMAR}")
         return VhostVdpa(path)
+
+    def _make_model(self) -> Model:
+        if not ModelCode.names(self.place):
+            return make_model(self.place, self.options)
+        self._code = ModelCode(self.place)
+        return self._code.load().from_options(self.options)
+
+    def reload(self) -> str:
+        """Put newer code of an open model in its place, if its file has changed; what was done, empty if nothing.
+
+        The model stays as it was after OSError and ValueError (the code does not load, or would be another device) and
+        TimeoutError (requests are in flight).
+        """
+        if self._code is None or self.model is None or not self._code.changed:
+            return ""
+        kind = self._code.load()
+        self.model.replace(lambda old: kind.succeed(old, self.options))
+        return f"{self.place} was loaded again"
 
     def advise(self, error: BaseException) -> None:
         """Note in *error* how to find out more; not for a model, whose errors say all."""

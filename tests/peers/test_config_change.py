@@ -35,7 +35,7 @@ class Growing:
 
     def grow(self) -> None:
         os.truncate(self.file, AFTER)
-        self.device.change(self.model.refresh)
+        self.device.refresh()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ class ModelDevice:
         self.runner = Runner(model, name)
         self._busy = threading.Lock()
         self._session: ModelBackend | None = None
+        model.config_changed = self._config_changed
 
     def open(self) -> ModelBackend:
         """A fresh session; EBUSY while there is one."""
@@ -61,8 +63,54 @@ class ModelDevice:
         """Let *action* change the model between two batches, and tell the driver, if there is one, that its configuration changed."""
         with self.runner.lock:
             action()
+            self._config_changed()
+
+    def refresh(self) -> str:
+        """Let the model look anew at what is outside; what it says has changed is told to the driver as well."""
+        with self.runner.lock:
+            if changed := self.model.refresh():
+                self._config_changed()
+            return changed
+
+    def _config_changed(self) -> None:
+        if self._session is not None:
+            self._session.config_changed()
+
+    def replace(self, succeed: Callable[[Model], Model], patience: float = 5.0) -> None:
+        """Put what *succeed* makes of the model in its place, between two batches; a driver goes on with it.
+
+        TimeoutError when requests are in flight for *patience* seconds, ValueError when a driver would see another device; the
+        model stays then.
+        """
+        end = time.monotonic() + patience
+        while True:
+            with self.runner.lock:
+                held = {index: ring.queue.in_flight for index, ring in self.runner.rings.items() if ring.queue.in_flight}
+                if not held:
+                    self._replace(succeed)
+                    return
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.name}: queue {min(held)} has {held[min(held)]} requests in flight after {patience:g} s")
+            time.sleep(0.005)
+
+    def _replace(self, succeed: Callable[[Model], Model]) -> None:
+        old, config = self.model, self.model.config()
+        new = succeed(old)
+        try:
+            for what in ("device_id", "queue_count", "queue_size", "groups", "address_spaces"):
+                if getattr(old, what) != getattr(new, what):
+                    raise ValueError(f"{self.name}: {what} was {getattr(old, what)} and would be {getattr(new, what)}: that takes a new device")
             if self._session is not None:
-                self._session.config_changed()
+                self._session.succeed(new)
+        except BaseException:
+            new.close()
+            raise
+        new.config_changed = self._config_changed
+        self.model = new
+        self.runner.replace(new)
+        old.close()
+        if new.config() != config:
+            self._config_changed()
 
     def close(self) -> None:
         """Give the model's own resources back; the session, if any, is closed before."""
@@ -135,6 +183,16 @@ class ModelBackend(RuledBackend):
     def facts(self) -> dict[str, object]:
         """The model."""
         return {"transport": "in this process", "model": type(self._model).__name__}
+
+    def succeed(self, model: Model) -> None:
+        """Go on with *model*, as far as its driver has come; ValueError when it lacks a feature that the driver accepted. The lock is held."""
+        offered = model.features | RING_FEATURES
+        accepted = int(self._features & self._offered)
+        if lost := accepted ^ (accepted & int(offered)):
+            raise ValueError(f"{self.name}: the driver uses features 0x{lost:x}, which would be gone")
+        if self._runner.running:
+            model.start(accepted)
+        self._model, self._offered = model, offered
 
     def close(self) -> None:
         """Reset, unmap, let the next one open."""
@@ -253,14 +311,14 @@ class ModelBackend(RuledBackend):
         self._runner.add(index, ServedQueue(queue, ring.kick, ring.call))
 
     def _on_suspend(self) -> None:
-        self._runner.paused = True
+        self._runner.pause()
         for index, served in self._runner.rings.items():
             self._rings[index].base = served.queue.base
 
     def _on_resume(self) -> None:
         for index in list(self._runner.rings):
             self._runner.remove(index)
-        self._runner.paused = False
+        self._runner.resume()
         self._serve_enabled()
 
     # Address spaces and mappings ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from ..eventfd import EventFd
 from ..memory import PAGE
 from ..models.base import Model
+from ..models.sources import Sources
 from ..virtqueue import Chain, DeviceQueue
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Runner:
         self.rings: dict[int, ServedQueue] = {}
         self.paused = False
         self.running = False
-        self._model = model
+        self.model = model
         self._name = name
         self._pending: set[int] = set()
         self._signals: list[EventFd] = []
@@ -84,6 +85,7 @@ class Runner:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
+        self._watch_sources()
         self._thread = threading.Thread(target=self._run, name=f"rings of {name}", daemon=True)
         self._thread.start()
 
@@ -91,8 +93,29 @@ class Runner:
         """Begin to serve; what rings that are present already hold is served without a kick."""
         self.paused = False
         self.running = True
+        self._await_sources()
         for index, ring in self.rings.items():
             self._watch(index, ring)
+
+    def pause(self) -> None:
+        """Leave rings and sources alone."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Serve again."""
+        self.paused = False
+        self._await_sources()
+
+    def replace(self, model: Model) -> None:
+        """Go on with another model, by which every ring is looked at. No chain is in flight, and the old one's sources are open still."""
+        if self.model.sources is not None:
+            self._epoll.unregister(self.model.sources.fileno())
+        self.model = model
+        self._watch_sources()
+        if self.running:
+            self._await_sources()
+            self._pending.update(self.rings)
+            os.eventfd_write(self._wake, 1)
 
     def add(self, index: int, ring: ServedQueue) -> None:
         """A ring comes in."""
@@ -145,6 +168,7 @@ class Runner:
         self._pending.clear()
         self._signals.clear()
         self.running = False
+        self._mute_sources()
 
     def close(self) -> None:
         """End the thread; called without the lock. Harmless when done before."""
@@ -168,6 +192,19 @@ class Runner:
         self._pending.add(index)
         os.eventfd_write(self._wake, 1)
 
+    def _watch_sources(self) -> None:
+        """Know the model's sources; they are waited for one event at a time, so that what is not served now does not keep the thread awake."""
+        if self.model.sources is not None:
+            self._epoll.register(self.model.sources.fileno(), 0)
+
+    def _await_sources(self) -> None:
+        if self.model.sources is not None:
+            self._epoll.modify(self.model.sources.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _mute_sources(self) -> None:
+        if self.model.sources is not None:
+            self._epoll.modify(self.model.sources.fileno(), 0)
+
     def _unwatch(self, kick: EventFd | None) -> None:
         if kick is not None:
             self._epoll.unregister(kick.fd)
@@ -185,6 +222,9 @@ class Runner:
                 self._pending.update(i for i, ring in self.rings.items() if ring.kick is not None and ring.kick.fd in kicked)
                 if not self.paused:
                     self._serve_pending()
+                    if self.running and self.model.sources is not None and self.model.sources.fileno() in kicked:
+                        self._serve_sources(self.model.sources)
+                    self._settle()
                 signals, self._signals = self._signals, []
             for event in signals:
                 event.signal()
@@ -199,7 +239,7 @@ class Runner:
                 for other in self.rings.values():
                     other.popped = other.short = False
                 ring.queue.disable_kick()
-                self._model.process(self.rings, index)
+                self.model.process(self.rings, index)
                 if ring.queue.enable_kick() and ring.popped:
                     self._pending.add(index)
                 self._pending.update(i for i, other in self.rings.items() if other.short and other is not ring and other.queue.enable_kick())
@@ -207,6 +247,24 @@ class Runner:
                 if not any(other.queue.broken for other in self.rings.values()):  # those end below, whichever queue was looked at
                     _log.exception("%s: queue %d: the model failed", self._name, index)
                     self._break(index, str(error))
+
+    def _serve_sources(self, sources: Sources) -> None:
+        """Let the model serve what is ready outside, and watch the queues that it found too little in."""
+        for ring in self.rings.values():
+            ring.popped = ring.short = False
+        try:
+            sources.serve(self.rings)
+            self._pending.update(i for i, ring in self.rings.items() if ring.popped and ring.queue.enable_kick() and ring.short)
+        except Exception as error:  # as above
+            if not any(ring.queue.broken for ring in self.rings.values()):
+                _log.exception("%s: the model failed at what came from outside", self._name)
+                for index in list(self.rings):
+                    self._break(index, str(error))
+        if self.running:
+            self._await_sources()
+
+    def _settle(self) -> None:
+        """Note what is to be signalled, and take broken rings away."""
         for index, ring in list(self.rings.items()):
             if ring.call_due:
                 ring.call_due = False

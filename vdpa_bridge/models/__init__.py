@@ -5,13 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .base import Model
+from ..virtio.config import Field
+from ..virtio.ids import DeviceId
+from .base import Model, Queue
 from .blk import BlkModel
+from .code import ModelCode
+from .needs import Needs
 from .net import NetModel
 from .rng import RngModel
 from .scsi import ScsiModel
+from .sources import Sources
 
-__all__ = ["KINDS", "BlkModel", "Model", "NetModel", "RngModel", "ScsiModel", "make_model"]
+__all__ = [
+    "KINDS",
+    "BlkModel",
+    "DeviceId",
+    "Field",
+    "Model",
+    "ModelCode",
+    "Needs",
+    "NetModel",
+    "Queue",
+    "RngModel",
+    "ScsiModel",
+    "Sources",
+    "make_model",
+]
 
 KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
     "blk": BlkModel.from_options,
@@ -25,5 +44,5 @@ KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
 def make_model(kind: str, options: Mapping[str, str]) -> Model:
     """The model of *kind*; ValueError that names a wrong kind or option and the choices, OSError when a file cannot be opened."""
     if kind not in KINDS:
-        raise ValueError(f"unknown model {kind!r}; there is: {', '.join(sorted(KINDS))}")
+        raise ValueError(f"unknown model {kind!r}; there is: {', '.join(sorted(KINDS))}, or FILE.py with a model of your own")
     return KINDS[kind](options)

@@ -8,12 +8,15 @@ sessions of its drivers: what it stores stays, what a driver negotiated goes wit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, Self
 
 from ..flags import Feature
-from ..virtio.ids import DeviceId
+from ..virtio.config import Field, pack_config
 from ..virtqueue import Chain
+from .needs import Needs
+from .options import check_options
+from .sources import Sources
 
 RING_FEATURES = (
     Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX | Feature.RING_PACKED
@@ -41,11 +44,14 @@ class Model(ABC):
     Synchronization: the kit calls a model from one thread at a time, never concurrently.
     """
 
-    device_id: ClassVar[DeviceId]
+    device_id: ClassVar[int]
+    """A ``virtio.ids.DeviceId``, or another number for a type of one's own."""
     queue_size: ClassVar[int] = 256
     """Largest ring of any queue."""
+    layout: ClassVar[tuple[Field, ...]] = ()
+    """The configuration space: each field has the value of the attribute of that name."""
 
-    features: int
+    features: int = 0
     """The device type's own feature bits; RING_FEATURES come on top."""
     queue_count: int
     """How many virtqueues there are."""
@@ -53,10 +59,22 @@ class Model(ABC):
     """How many groups the queues form (``group_of``). Groups can be put into different address spaces."""
     address_spaces: int = 1
     """How many address spaces there are."""
+    needs: Needs = Needs()
+    """What the model opens or connects to after it is made."""
+    sources: Sources | None = None
+    """What it waits for besides its queues, watched while the driver is ready. Made in ``__init__`` where there is something."""
+    config_changed: Callable[[], None] = staticmethod(lambda: None)
+    """To call from ``process``, a source or ``refresh``: the driver is told that the configuration space changed."""
 
-    @abstractmethod
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        """Made of a target's options; ValueError that names a wrong one. There are none unless a model says so."""
+        check_options(cls.__name__, options, ())
+        return cls()
+
     def config(self) -> bytes:
-        """The configuration space as the driver reads it now."""
+        """The configuration space as the driver reads it now: by default what ``layout`` says."""
+        return pack_config(self.layout, {field.name: getattr(self, field.name) for field in self.layout if field.name})
 
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - most devices ignore writes
         """The driver wrote *data* at *offset*; the range lies inside the configuration space."""
@@ -80,5 +98,29 @@ class Model(ABC):
         for brings a call with its own index once it has more.
         """
 
-    def close(self) -> None:  # noqa: B027
+    def refresh(self) -> str:
+        """Look anew at what may have changed outside (the size of a file); what did, for the log, empty if nothing."""
+        return ""
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a driver has changed and a successor has to know: plain values, by which ``restore`` makes it the same device."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over what ``snapshot`` of a predecessor said; ValueError for what cannot be."""
+
+    @classmethod
+    def succeed(cls, predecessor: Model, options: Mapping[str, str]) -> Self:
+        """Made from newer code in the place of *predecessor*, which is closed afterwards. What cannot be opened twice is taken from there."""
+        successor = cls.from_options(options)
+        try:
+            successor.restore(predecessor.snapshot())
+        except BaseException:
+            successor.close()
+            raise
+        return successor
+
+    def close(self) -> None:
         """The device goes away; give back files."""
+        if self.sources is not None:
+            self.sources.close()

@@ -153,9 +153,10 @@ class BlkModel(Model):
         """A driver that does not know FLUSH expects its writes to be stable when they end (virtio 1.2, 5.2.6.2)."""
         self._sync_writes = not features & F.FLUSH
 
-    def refresh(self) -> None:
-        """Take the size of the file anew; the caller tells the driver (``ModelDevice.change``)."""
-        self.capacity = min(os.lseek(self._fd, 0, os.SEEK_END), LARGEST) // SECTOR
+    def refresh(self) -> str:
+        """Take the size of the file anew."""
+        before, self.capacity = self.capacity, min(os.lseek(self._fd, 0, os.SEEK_END), LARGEST) // SECTOR
+        return f"{before} sectors before, {self.capacity} now" if self.capacity != before else ""
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of requests."""
@@ -164,6 +165,7 @@ class BlkModel(Model):
 
     def close(self) -> None:
         """Close the file."""
+        super().close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from ..backends.base import Backend
 from ..backends.relay import relayed
-from ..models import BlkModel
 from ..targets import Target
 from ..vhost_user.server import Server
 from .journal import CONTEXT, event
@@ -45,13 +44,13 @@ class ServedDevice:
         return self._wrap(relayed(backend) if self.spec.relay == "on" else backend, self.spec.name)
 
     def refresh(self) -> str:
-        """Look again how large the disk is, and tell its driver; what changed, for the log. OSError when its file does not say."""
+        """Let a model look again at what is outside (how large a disk is), and tell its driver; what changed, for the log. OSError."""
         device = self._target.model
-        if device is None or not isinstance(model := device.model, BlkModel):
-            return ""
-        before = model.capacity
-        device.change(model.refresh)
-        return f"{before} sectors before, {model.capacity} now" if model.capacity != before else ""
+        return device.refresh() if device is not None else ""
+
+    def reload(self) -> str:
+        """Go on with newer code of the model, if there is any; what was done, for the log. OSError, ValueError, TimeoutError."""
+        return self._target.reload()
 
     def close(self) -> None:
         """Give everything back; no session is open any more, but for one that nobody came for."""

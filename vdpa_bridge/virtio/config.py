@@ -9,6 +9,7 @@ shorter than the table, as older devices have fewer fields, and is read as far a
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .features import BalloonFeature as Bal
@@ -48,6 +49,20 @@ class Field:
         if self.code == "text":
             return str(value.split(b"\0")[0], "utf-8", "backslashreplace")
         return int(value)
+
+    def encode(self, value: Value | bytes) -> bytes:
+        """The reverse of ``decode``; ValueError when *value* does not fit. A MAC address can be six bytes, too."""
+        try:
+            if self.code == "mac":
+                value = parse_mac(value) if isinstance(value, str) else value
+            elif self.code == "text":
+                value = str(value).encode()
+            data = struct.pack("<" + self._format, value)
+        except struct.error as error:
+            raise ValueError(f"{self.name} = {value!r}: {error}") from None
+        if isinstance(value, bytes) and len(value) > self.size:
+            raise ValueError(f"{self.name} = {value!r} is longer than {self.size} bytes")
+        return data
 
 
 PAD = ""
@@ -219,6 +234,11 @@ def parse_config(device_id: int | None, features: int, data: bytes) -> dict[str,
         for at, field in config_layout(device_id)
         if field.name and at + field.size <= len(data) and (not field.gate or field.gate & features)
     }
+
+
+def pack_config(layout: Iterable[Field], values: Mapping[str, Value | bytes]) -> bytes:
+    """The configuration space of *layout* with *values* by name; zeroes where the layout has no name. KeyError, ValueError."""
+    return b"".join(field.encode(values[field.name]) if field.name else bytes(field.size) for field in layout)
 
 
 def config_size(device_id: int | None) -> int | None:
