@@ -78,6 +78,7 @@ vdpa-bridge serve /dev/vhost-vdpa-0 --socket-path /run/hw.sock --socket-mode 660
 vdpa-bridge serve /run/disk.sock='model:blk?file=disk.img' /run/hw.sock=/dev/vhost-vdpa-0 -v
 vdpa-bridge serve --config /etc/vdpa-bridge.toml --log-format json
 vdpa-bridge serve 'vhost-user:/run/legacy.sock?type=net' --socket-path /run/vdpa.sock --vdpa require
+vdpa-bridge serve model:my_device.py --socket-path dev.sock --reload
 vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do ...; done
 """,
 )
@@ -93,6 +94,7 @@ vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do
     help="Move requests between rings of our own and the client's: where the device needs it, always, never.",
 )
 @click.option("--keep-going", is_flag=True, help="Serve the others when one device or socket cannot be had; try the device again for each client.")
+@click.option("--reload", "live", is_flag=True, help="Load models of your own (model:FILE.py) anew when their files change; drivers go on with them.")
 @service_options
 @common_options
 def command(
@@ -106,6 +108,7 @@ def command(
     socket_group: int | None,
     timeout: float,
     keep_going: bool,
+    live: bool,
     log_format: str,
     verbose: bool,
     output: Output,
@@ -126,7 +129,7 @@ def command(
         raise click.UsageError("nothing to serve: give a TARGET, PATH=TARGET words or --config")
     specs = checked(specs)
     passed = passed_fds() + ([(specs[0].name, fd)] if fd is not None else [])
-    return run(specs, passed, output.event, trace, log_format, verbose, keep_going=keep_going)
+    return run(specs, passed, output.event, trace, log_format, verbose, keep_going=keep_going, live=live)
 
 
 def run(
@@ -138,6 +141,7 @@ def run(
     verbose: bool,
     *,
     keep_going: bool = False,
+    live: bool = False,
 ) -> int:
     """Serve *specs*, which are ``checked``, with the sockets *passed* (name, descriptor); the exit status.
 
@@ -152,7 +156,7 @@ def run(
     notifier = Notifier()
     with Journal(sys.stderr, log_format, verbose), Signals() as signals:
         service = Service(
-            specs, inherited, notifier, wrap=lambda backend, name: trace.wrap(backend, name if traced else ""), keep_going=keep_going
+            specs, inherited, notifier, wrap=lambda backend, name: trace.wrap(backend, name if traced else ""), keep_going=keep_going, live=live
         )
         try:
             service.start(signals)

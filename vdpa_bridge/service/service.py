@@ -31,6 +31,8 @@ _GRACE = 5.0
 """Seconds for devices to be given back; what takes longer is left to the end of the process."""
 _RELOAD = 5.0
 """Seconds after which a reload that hangs in a device's file is reported."""
+_LOOK = 0.3
+"""Seconds between two looks at the files of models."""
 _DIED = 0
 """What is written to the pipe of signals when a thread died; no signal has this number."""
 _ENDED = 255
@@ -104,11 +106,18 @@ class Service:
     """Serves *specs*, whose names and socket paths differ, with the sockets of *inherited* (by name) for those that have no path.
 
     *keep_going*: a device that cannot be opened is tried again for each client, and one whose socket cannot be had is left out.
-    *wrap* goes around each session with a device.
+    *wrap* goes around each session with a device. *live*: models of users' own are loaded anew when their files change.
     """
 
     def __init__(
-        self, specs: Sequence[DeviceSpec], inherited: dict[str, Listener], notifier: Notifier, *, wrap: Wrap, keep_going: bool = False
+        self,
+        specs: Sequence[DeviceSpec],
+        inherited: dict[str, Listener],
+        notifier: Notifier,
+        *,
+        wrap: Wrap,
+        keep_going: bool = False,
+        live: bool = False,
     ) -> None:
         self._specs = specs
         self._inherited = inherited
@@ -116,6 +125,8 @@ class Service:
         self._keep_going = keep_going
         self._devices = [ServedDevice(spec, wrap) for spec in specs]
         self.servers: list[ServiceServer] = []
+        self._live = live
+        self._stopping = threading.Event()
 
     @property
     def served(self) -> int:
@@ -143,6 +154,8 @@ class Service:
             raise OSError(errno.ENODEV, "no device is left to serve")
         for server in self.servers:
             server.start()
+        if self._live:
+            threading.Thread(target=self._watch_code, name="watcher of code", daemon=True).start()
         self._notifier.send("READY=1", self._state())
 
     def _failed(self, spec: DeviceSpec, error: Exception) -> None:
@@ -178,6 +191,7 @@ class Service:
 
     def stop(self) -> bool:
         """Take sockets away, drop clients, give devices back; whether all of that was done in time."""
+        self._stopping.set()
         if self.servers:
             self._notifier.send("STOPPING=1", "STATUS=stopping")
         servers = {server.device: server for server in self.servers}
@@ -205,6 +219,15 @@ class Service:
             event(logging.ERROR, "reload", f"the disk's file did not answer within {_RELOAD:g} s", device=name)
         event(logging.INFO, "reload", "sizes of disks were read again")
         self._notifier.send("READY=1", self._state())
+
+    def _watch_code(self) -> None:
+        while not self._stopping.wait(_LOOK):
+            for device in self._devices:
+                try:
+                    if done := device.reload():
+                        event(logging.WARNING, "reload", done, device=device.spec.name)
+                except (OSError, ValueError) as error:  # of which TimeoutError is one
+                    event(logging.ERROR, "reload", f"{reason(error)}; the model is what it was", device=device.spec.name)
 
 
 class _Ending:
