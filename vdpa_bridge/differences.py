@@ -14,9 +14,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Home = Literal["vp_vdpa", "VDUSE", "vhost-net", "vhost-user", "legacy", "qemu-storage-daemon"]
+Home = Literal["vp_vdpa", "VDUSE", "libvduse", "vhost-net", "vhost-user", "legacy", "qemu-storage-daemon"]
 """``vp_vdpa``: the kernel's driver for virtio-pci. ``VDUSE``: a device of another process, by way of the kernel.
-``vhost-net``: /dev/vhost-net with a tap. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
+``libvduse``: such a device of QEMU's programs. ``vhost-net``: /dev/vhost-net with a tap. ``vhost-user``: any socket, both modes. ``legacy``: a socket without vDPA mode."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ ROWS: tuple[Difference, ...] = (
     Difference("vp_vdpa", "SET_VRING_BASE", "not 0", errno.EOPNOTSUPP, "virtio-pci has no register for it"),
     Difference("vp_vdpa", "SET_VRING_ENABLE", "off", None, "virtio-pci forbids it: the device may ask for a reset (QEMU does)"),
     Difference("VDUSE", "SET_FEATURES", "without ACCESS_PLATFORM", 0, "the kernel passes any set on; the daemon judges at FEATURES_OK"),
-    Difference("VDUSE", "GET_VRING_BASE", "before the device runs", None, "the daemon is asked, which is told of a base when the device starts"),
+    Difference("VDUSE", "GET_VQS_COUNT", "control queue", None, "there is none: the kernel takes no device that has to be asked this way"),
     Difference("VDUSE", "SET_VRING_ENABLE", "off while the ring works", None, "the daemon is not told (Linux 6.12)"),
-    Difference("VDUSE", "SET_STATUS", "reset with requests under way", None, "qemu-storage-daemon ends: an assertion in its libvduse (QEMU 7.2)"),
+    Difference("libvduse", "GET_VRING_BASE", "before the device runs", None, "the daemon is asked, which is told of a base when the device starts"),
+    Difference("libvduse", "SET_STATUS", "reset with requests under way", None, "qemu-storage-daemon ends: an assertion in its libvduse (QEMU 7.2)"),
     Difference("vhost-net", "GET_VQS_COUNT", "control queue", None, "there is none: the kernel serves receive and transmit, and a tap takes any address"),
     Difference("legacy", "IOTLB_UPDATE", "RO mapping of a read-only descriptor", errno.EACCES, "peers map every region for reading and writing"),
     Difference("legacy", "GET_VRING_BASE", "while the ring runs", errno.EBUSY, "the message stops the ring, which a question must not do"),

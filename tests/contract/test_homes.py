@@ -42,7 +42,7 @@ def test_capabilities_name_every_operation(probe: Probe) -> None:
     assert all(c.note for c in capabilities.values() if c.level == ABSENT)
     assert probe.backend.name
     assert set(probe.backend.traits) <= set(probe.home.traits)
-    assert set(probe.home.traits) - set(probe.backend.traits) <= {"qemu-storage-daemon"}, "a home that no back-end can tell"
+    assert set(probe.home.traits) - set(probe.backend.traits) <= {"qemu-storage-daemon", "libvduse"}, "a home that no back-end can tell"
     assert probe.backend.facts()["transport"]
 
 

@@ -8,6 +8,8 @@ next one. What a home needs and does not find is said with the way to get it.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 from vdpa_bridge.backends.base import Backend
 from vdpa_bridge.backends.model import ModelDevice
@@ -42,6 +45,8 @@ MAC = "02:aa:bb:cc:dd:09"
 PAIRS = 3
 OPTIONS = {"blk": {"size": str(DISK_SIZE), "serial": SERIAL}, "net": {"mac": MAC, "pairs": str(PAIRS)}}
 
+_numbers = itertools.count()
+
 Opener = Callable[[], Backend]
 """Opens the device once more."""
 
@@ -66,8 +71,8 @@ class Home:
         """Where the device lives and how it is reached, in the words of docs/devices.md."""
         make = self.name.partition("-")[0]
         makes = {"qsd": "qemu-storage-daemon", "sim": "vdpa_sim", "vp": "vp_vdpa", "vduse": "VDUSE", "kernel": f"vhost-{self.kind}"}
-        where = makes.get(make, make) if self.mark else "model"
-        return where, ("legacy",) if "legacy" in self.traits else ("vDPA mode",) if "vhost-user" in self.traits else ()
+        where = makes.get(make, make) if self.mark and make != "exported" else "model"
+        return where, ("VDUSE",) if make == "exported" else ("legacy",) if "legacy" in self.traits else ("vDPA mode",) if "vhost-user" in self.traits else ()
 
     @property
     def missing(self) -> str:
@@ -204,6 +209,26 @@ def _vduse(kind: str) -> Iterator[Opener]:
 
 
 @contextmanager
+def _exported(kind: str) -> Iterator[Opener]:
+    """The model by way of the kernel: our own exporter, in a process of its own."""
+    name = f"vb{os.getpid() % 100000}{kind}{next(_numbers)}"
+    target = f"model:{kind}?{urlencode(OPTIONS[kind])}"
+    subprocess.run(["modprobe", "-a", "vduse", "vhost_vdpa"], check=True, timeout=60)
+    command = [sys.executable, "-m", "vdpa_bridge", "vduse", name, target, "--driver", "vhost_vdpa", "--json"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            ready = json.loads(child.stdout.readline() or "{}")
+            if "used_as" not in ready:
+                raise RuntimeError("the exporter did not start (its stderr is above)")
+            (node,) = ready["used_as"]
+            yield lambda: VhostVdpa(node)
+        finally:
+            child.terminate()
+            child.wait(20)
+
+
+@contextmanager
 def _kernel_net(kind: str) -> Iterator[Opener]:
     """The kernel's own vhost on a tap that gives every frame back."""
     with taps.tap(echo=True) as name:
@@ -253,7 +278,8 @@ HOMES: list[Home] = [
     Home("qsd", "blk", _storage_daemon, ("vhost-user", "legacy", "qemu-storage-daemon"), "peers", _needs_storage_daemon),
     *_both("sim", _kernel("SIM"), (), "lab", needs=_needs_node("SIM")),
     *_both("vp", _kernel("VP"), ("vp_vdpa",), "lab", needs=_needs_node("VP")),
-    Home("vduse", "blk", _vduse, ("VDUSE",), "lab", lambda kind: vduse_missing()),
+    Home("vduse", "blk", _vduse, ("VDUSE", "libvduse"), "lab", lambda kind: vduse_missing()),
+    *_both("exported", _exported, ("VDUSE",), "lab", needs=lambda kind: vduse_missing()),
     Home("kernel", "net", _kernel_net, VhostNet.traits, "lab", lambda kind: taps.missing()),
     Home("kernel", "vsock", _kernel_vsock, VhostVsock.traits, "lab", lambda kind: taps.missing()),
     Home("sim-bridged", "blk", _bridged("SIM", "require"), ("vhost-user",), "lab", _needs_node("SIM")),

@@ -42,6 +42,7 @@ WORDS = {
     "tap": "an interface of this system: frames of its network stack and the answers",
     "vDPA mode": "operations verbatim (VHOST_USER_PROTOCOL_F_VDPA)",
     "legacy": "stock vhost-user messages",
+    "VDUSE": "given to the kernel, and driven through it",
 }
 """Everything that can be seen working, in the order of the tables."""
 
