@@ -91,6 +91,7 @@ cdef extern from "virtqueue.h" nogil:
     uint32_t vq_device_base(const vq_device *vq)
     size_t vq_device_pop(vq_device *vq, vq_chain *chains, size_t limit, iova_pieces *pieces)
     int vq_device_push(vq_device *vq, const vq_used *done, size_t count)
+    int vq_device_put_back(vq_device *vq, const uint16_t *heads, size_t count)
     int vq_device_enable_kick(vq_device *vq)
     void vq_device_disable_kick(vq_device *vq)
     size_t vq_device_misses(vq_device *vq)
@@ -153,6 +154,7 @@ cdef class Chain:
     cdef IovaMap memory
     cdef DeviceQueue queue
     cdef bint live  # popped and not handed back
+    cdef uint64_t turn  # how many of its queue were popped before it
     cdef vq_chain chain
     cdef uint64_t generation  # of the map, when the pieces were looked up
     cdef iovec *iov
@@ -169,6 +171,7 @@ cdef class Chain:
 cdef class DeviceQueue:
     cdef IovaMap memory
     cdef vq_device vq
+    cdef uint64_t popped  # chains, less those put back
     cdef iova_pieces pieces
     cdef vq_chain chains[BATCH]
     cdef vq_used *done

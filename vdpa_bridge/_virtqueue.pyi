@@ -134,8 +134,13 @@ class DeviceQueue:
         ValueError, before anything is pushed: a chain of another queue, one handed back already, or more bytes than writable.
         BlockingIOError: the ring itself waits for a mapping; nothing was pushed, do it again when it is there.
         """
+    def put_back(self, chains: list[Chain]) -> None:
+        """Undo the last pops: *chains*, in order of the pops, are available again, and no longer to be used. ValueError: those are others."""
     def enable_kick(self) -> bool:
-        """Ask to be kicked for the next chain. True: chains are waiting already, so pop again before sleeping."""
+        """Ask to be kicked for the next chain. True: chains are waiting already, so pop again before sleeping.
+
+        Chains that were put back do not count: it is others behind them that are asked for.
+        """
     def disable_kick(self) -> None:
         """Tell the driver that kicks are not needed (a hint: some may still come)."""
     @property

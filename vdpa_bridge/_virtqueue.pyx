@@ -88,6 +88,8 @@ cdef class Chain:
         memcpy(self.iova, pieces.iova + chain.first, count * sizeof(uint64_t))
         self.memory, self.queue, self.chain, self.live = queue.memory, queue, chain[0], True
         self.generation = queue.memory.map.generation
+        self.turn = queue.popped
+        queue.popped += 1
         return 0
 
     cdef int refresh(self) except -1:
@@ -272,6 +274,25 @@ cdef class DeviceQueue:
                 chain.live = True
             raise BlockingIOError(EAGAIN, "the ring waits for a mapping")
         return answer(due, &self.vq.fault)
+
+    def put_back(self, list chains not None):
+        cdef size_t count = len(chains)
+        cdef uint64_t first = self.popped - count
+        cdef Chain chain
+        cdef size_t i
+        cdef uint16_t *heads = <uint16_t *> self.done  # large enough: every chain in flight has an entry there
+        if count > self.vq.in_flight:
+            raise ValueError("more chains than are in flight on this queue")
+        for i in range(count):
+            chain = chains[i]
+            if chain is None or not chain.live or chain.queue is not self or chain.turn != first + i:
+                raise ValueError("not the last chains popped from this queue, in their order")
+            heads[i] = chain.chain.head
+        if vq_device_put_back(&self.vq, heads, count):
+            raise broken_error(&self.vq.fault)
+        for chain in chains:
+            chain.live = False
+        self.popped = first
 
     def enable_kick(self):
         return answer(vq_device_enable_kick(&self.vq), &self.vq.fault)

@@ -57,6 +57,16 @@ static inline uint16_t cursor_advance(uint16_t cursor, uint32_t count, uint32_t 
 	return (uint16_t)((~cursor & CURSOR_WRAP) | (position - num));
 }
 
+/* The reverse. */
+static inline uint16_t cursor_retreat(uint16_t cursor, uint32_t count, uint32_t num)
+{
+	uint32_t position = cursor_position(cursor);
+
+	if (position >= count)
+		return (uint16_t)((cursor & CURSOR_WRAP) | (position - count));
+	return (uint16_t)((~cursor & CURSOR_WRAP) | (position + num - count));
+}
+
 static inline struct packed_desc *packed_at(const struct packed_ring *ring, uint16_t cursor)
 {
 	return &ring->desc[cursor_position(cursor)];

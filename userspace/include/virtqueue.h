@@ -119,6 +119,7 @@ struct vq_device {
 	size_t hint; /* of buffers */
 	size_t table_hint; /* of indirect tables, which mostly lie elsewhere */
 	uint16_t next_avail; /* packed: a cursor */
+	uint16_t looked; /* behind the last chain popped, put back or not: kicks are asked for what comes there */
 	uint16_t avail_seen; /* avail->idx as last read; split only */
 	uint16_t used_idx; /* packed: a cursor */
 	bool call_always; /* until the first push: the driver may have missed one before us */
@@ -155,6 +156,13 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
  * ring's own mapping is waited for, nothing was handed back.
  */
 int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t count);
+
+/*
+ * Puts the last `count` chains that were popped back, as if they had not been: the next pop finds them again, and
+ * enable_kick asks for chains behind them. For who finds that they are too few. `heads` are theirs, in order of pops.
+ * 0; -EINVAL: one of them is not in flight, nothing was put back.
+ */
+int vq_device_put_back(struct vq_device *vq, const uint16_t *heads, size_t count);
 
 /* 1: chains are waiting already; 0: none, the driver will kick, or the next has to wait for mappings; -EPROTO: broken. */
 int vq_device_enable_kick(struct vq_device *vq);

@@ -106,7 +106,7 @@ int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
 		vq_device_destroy(vq);
 		return -ENOMEM;
 	}
-	vq->next_avail = vq->avail_seen = (uint16_t)config->base;
+	vq->next_avail = vq->looked = vq->avail_seen = (uint16_t)config->base;
 	vq->call_always = true;
 	(void)vq_device_enable_kick(vq);
 	return 0;
@@ -234,7 +234,7 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 		next++;
 		count++;
 	}
-	vq->next_avail = next;
+	vq->next_avail = vq->looked = next;
 	vq->in_flight += (uint32_t)count;
 	if (!device_sound(vq))
 		return 0;
@@ -286,6 +286,27 @@ int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t coun
 	return i < count ? -EINVAL : due;
 }
 
+int vq_device_put_back(struct vq_device *vq, const uint16_t *heads, size_t count)
+{
+	uint32_t entries = 0;
+	size_t i;
+
+	for (i = 0; i < count && heads[i] < vq->config.num && vq->busy[heads[i]]; i++)
+		entries += vq->busy[heads[i]];
+	if (i < count || count > vq->in_flight)
+		return -EINVAL;
+	for (i = 0; i < count; i++)
+		vq->busy[heads[i]] = 0;
+	vq->in_flight -= (uint32_t)count;
+	if (vq->config.packed) {
+		vq->next_avail = cursor_retreat(vq->next_avail, entries, vq->config.num);
+		vq->taken -= entries;
+	} else {
+		vq->next_avail = (uint16_t)(vq->next_avail - count);
+	}
+	return 0;
+}
+
 int vq_device_enable_kick(struct vq_device *vq)
 {
 	int more;
@@ -296,10 +317,10 @@ int vq_device_enable_kick(struct vq_device *vq)
 		return device_unusable(vq, 0);
 	ring16_store(used_flags(&vq->ring), 0, memory_order_relaxed);
 	if (vq->config.event_idx)
-		ring16_store(avail_event(&vq->ring), vq->next_avail, memory_order_relaxed);
+		ring16_store(avail_event(&vq->ring), vq->looked, memory_order_relaxed);
 	/* pair [B]: full fence, the wish is stored before avail->idx is read again. virtio 1.2, 2.7.10 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = waiting(vq) != 0 && !vq->missing;
+	more = waiting(vq) > (uint16_t)(vq->looked - vq->next_avail) && !vq->missing;
 	return device_sound(vq) && vq->fault.code == VQ_OK ? more : -EPROTO;
 }
 

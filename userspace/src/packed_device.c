@@ -104,7 +104,7 @@ size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t l
 		next = cursor_advance(next, descriptors, vq->packed.num);
 		count++;
 	}
-	vq->next_avail = next;
+	vq->next_avail = vq->looked = next;
 	vq->in_flight += (uint32_t)count;
 	if (!device_sound(vq))
 		return 0;
@@ -176,11 +176,11 @@ int packed_device_enable_kick(struct vq_device *vq)
 
 	if (!device_usable(vq))
 		return device_unusable(vq, 0);
-	event_store(vq->packed.device_event, vq->config.event_idx ? event_value(EVENT_DESC, vq->next_avail) :
+	event_store(vq->packed.device_event, vq->config.event_idx ? event_value(EVENT_DESC, vq->looked) :
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [F]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.21.2 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = available(vq, vq->next_avail, &flags) && !vq->missing;
+	more = available(vq, vq->looked, &flags) && !vq->missing;
 	return device_sound(vq) ? more : -EPROTO;
 }
 

@@ -119,6 +119,42 @@ static void notifications(bool event_idx, bool packed)
 	bench_close(&b);
 }
 
+/* Too few chains go back and wait for more; kicks are asked for what comes behind them. */
+static void put_back(uint32_t num, bool event_idx, bool packed)
+{
+	static struct bench b;
+	struct vq_buffer pair[2] = { { DATA_IOVA, 8 }, { DATA_IOVA + 8, 8 } };
+	struct vq_chain chains[4];
+	struct vq_done done[4];
+	uint16_t heads[4];
+
+	bench_open(&b, num, 0, event_idx, base_at((uint16_t)(num - 2), num, packed), packed);
+	for (unsigned int round = 0; round < 3 * num; round++) {
+		uint32_t base = vq_device_base(&b.device);
+
+		CHECK(vq_driver_add(&b.driver, pair, 1, 1, round) >= 0 && post(&b) >= 0);
+		CHECK(bench_pop(&b, chains, 4) == 2 && chains[0].readable == 8 && chains[1].readable == 0);
+		heads[0] = chains[0].head;
+		heads[1] = chains[1].head;
+		CHECK(vq_device_put_back(&b.device, heads, 2) == 0 && b.device.in_flight == 0);
+		CHECK(vq_device_put_back(&b.device, heads, 1) == -EINVAL);
+		CHECK(vq_device_base(&b.device) == base && b.device.taken == 0);
+		CHECK(vq_device_enable_kick(&b.device) == 0);
+		CHECK(post(&b) == 1); /* the kick that was asked for */
+		CHECK(vq_device_enable_kick(&b.device) == 1);
+		CHECK(bench_pop(&b, chains, 4) == 3);
+		for (size_t i = 0; i < 2; i++)
+			CHECK(chains[i].head == heads[i]);
+		CHECK(vq_device_put_back(&b.device, &chains[2].head, 1) == 0 && b.device.in_flight == 2);
+		for (size_t i = 0; i < 2; i++)
+			CHECK(vq_device_push(&b.device, &(struct vq_used){ 8, chains[i].head }, 1) >= 0);
+		CHECK(vq_device_enable_kick(&b.device) == 0); /* the third lies there still, known */
+		CHECK(bench_pop(&b, chains, 4) == 1 && vq_device_push(&b.device, &(struct vq_used){ 8, chains[0].head }, 1) >= 0);
+		CHECK(vq_driver_reap(&b.driver, done, 4) == 3 && done[0].token == round && done[2].token == 0);
+	}
+	bench_close(&b);
+}
+
 static void limits(bool packed)
 {
 	static struct bench b;
@@ -231,6 +267,8 @@ int main(void)
 		long_run(13, 16, 8, mode & 1, mode & 2);
 		long_run(14, 1, 4, mode & 1, mode & 2);
 		notifications(mode & 1, mode & 2);
+		put_back(4, mode & 1, mode & 2);
+		put_back(8, mode & 1, mode & 2);
 	}
 	for (int event_idx = 0; event_idx < 2; event_idx++) { /* sizes that a packed ring alone may have */
 		long_run(15, 7, 0, event_idx, true);

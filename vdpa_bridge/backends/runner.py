@@ -57,6 +57,10 @@ class ServedQueue:
             self.missed = self.queue.waits
         return chains
 
+    def put_back(self, chains: list[Chain]) -> None:
+        """See ``models.base.Queue``."""
+        self.queue.put_back(chains)
+
     def push(self, done: list[tuple[Chain, int]]) -> None:
         """See ``models.base.Queue``."""
         self.call_due |= self.queue.push_many(done)

@@ -34,6 +34,9 @@ class Queue(Protocol):
     def pop(self, limit: int = 64) -> list[Chain]:
         """Take up to *limit* chains that the driver made available; empty when there are none."""
 
+    def put_back(self, chains: list[Chain]) -> None:
+        """Leave the last ones of those that were popped in the queue after all; ``process`` is called when there are more."""
+
     def push(self, done: list[tuple[Chain, int]]) -> None:
         """Give chains back, each with the number of bytes written into it, and interrupt the driver if it wants that."""
 
