@@ -233,9 +233,9 @@ class IotlbTable(Generic[V]):
             raise _refuse(errno.EINVAL, f"permission is {update.perm}, not 1 (RO), 2 (WO) or 3 (RW)")
         if iova < self.first or iova + size - 1 > self.last:
             raise _refuse(errno.EINVAL, f"[{iova:#x}, {iova + size - 1:#x}] leaves the IOVA range [{self.first:#x}, {self.last:#x}]")
-        for name, value in (("iova", iova), ("size", size), ("offset", update.offset)):
-            if value % PAGE:
-                raise _refuse(errno.EINVAL, f"{name} {value:#x} is not a multiple of {PAGE}")
+        if (iova | size | update.offset) % PAGE:
+            name = "iova" if iova % PAGE else "size" if size % PAGE else "offset"
+            raise _refuse(errno.EINVAL, f"{name} {getattr(update, name):#x} is not a multiple of {PAGE}")
         if len(space) >= MAX_MAPPINGS:
             raise _refuse(errno.ENOSPC, f"address space {update.asid} holds {MAX_MAPPINGS} mappings, which is the limit")
         at = _first_behind(space, iova)

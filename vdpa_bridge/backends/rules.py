@@ -243,11 +243,12 @@ class RuledBackend(Backend):
         return U16(self.queue_size)
 
     def _ring(self, index: int) -> Ring:
-        self._need_owner()
-        count = self._queues()
-        if index >= count:
-            raise refuse(errno.ENOBUFS)
-        if len(self._rings) < count:
+        if not self._owned:
+            raise refuse(errno.EPERM)
+        if index >= len(self._rings):
+            count = self._queues()
+            if index >= count:
+                raise refuse(errno.ENOBUFS)
             self._rings = [Ring(self.queue_size) for _ in range(count)]
         return self._rings[index]
 

@@ -9,7 +9,6 @@ eventfd cannot make us block.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
@@ -190,9 +189,12 @@ class Runner:
         """Wait for kicks; the thread is woken for a ring that holds chains, is broken or not mapped, and sleeps on for one that holds none."""
         if ring.kick is not None:
             self._epoll.register(ring.kick.fd, select.EPOLLIN | select.EPOLLET)
-        with contextlib.suppress(OSError):
-            if not ring.queue.enable_kick() and not ring.queue.waits:
-                return
+        try:
+            idle = not ring.queue.enable_kick() and not ring.queue.waits
+        except OSError:
+            idle = False
+        if idle:
+            return
         self._pending.add(index)
         os.eventfd_write(self._wake, 1)
 

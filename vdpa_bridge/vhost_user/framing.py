@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -77,7 +76,7 @@ class Receiver:
         self._buffer = b""
         self._at = 0
         self._cut = False
-        self._fds: deque[int] = deque()
+        self._fds: list[int] = []
 
     @property
     def partial(self) -> bool:
@@ -86,8 +85,7 @@ class Receiver:
 
     def feed(self, data: bytes | memoryview, fds: list[int], *, cut: bool = False) -> None:
         """Take what one recvmsg delivered; the descriptors are ours now. *cut*: it filled its buffer, more is there."""
-        left = self._buffer[self._at :]
-        self._buffer = left + data if left else bytes(data)
+        self._buffer = bytes(data) if self._at == len(self._buffer) else self._buffer[self._at :] + data
         self._at = 0
         self._cut = cut
         if fds:
@@ -123,7 +121,8 @@ class Receiver:
             raise RemoteProtocolError(f"{self._describe(result.request)}: {least} descriptors announced, {len(self._fds)} came", result.request)
         last = self._at == len(self._buffer)
         take = most if last else least  # an optional descriptor is this message's only when no other message follows
-        result.fds = [self._fds.popleft() for _ in range(min(take, len(self._fds)))]
+        result.fds = self._fds[:take]
+        del self._fds[:take]
         if last and self._fds and not self._cut:
             count = len(self._fds)
             result.close()
@@ -131,7 +130,7 @@ class Receiver:
 
     def close(self) -> None:
         """Close descriptors of messages that never became whole."""
-        while self._fds:
-            os.close(self._fds.popleft())
+        fds, self._fds = self._fds, []
+        close_all(fds)
         self._buffer = b""
         self._at = 0

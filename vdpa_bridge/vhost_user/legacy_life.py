@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from .. import ops
 from ..backends.base import Backend
@@ -34,8 +35,15 @@ from .legacy_state import ClientRing
 
 _log = logging.getLogger(__name__)
 
-_DRIVER = Status.ACKNOWLEDGE | Status.DRIVER
-_RUNNING = _DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
+_RESET, _DRIVER, _FEATURES_OK, _RUNNING = (
+    (ops.SET_STATUS, U8(status))
+    for status in (
+        0,
+        Status.ACKNOWLEDGE | Status.DRIVER,
+        Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK,
+        Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK,
+    )
+)
 
 
 class LifeCycle:
@@ -59,9 +67,12 @@ class LifeCycle:
         self._rings: dict[int, ClientRing] = {}
         self._channel: BackendEnd | None = None
 
-    def _all(self, calls: list[Call]) -> None:
-        if error := first_error(self._backend.call_many(calls)):
+    def _all(self, calls: list[Call]) -> list[Any]:
+        """The replies to all of *calls*; the first error of any."""
+        replies = self._backend.call_many(calls)
+        if error := first_error(replies):
             raise error
+        return replies
 
     def _own(self) -> None:
         """Once a connection: owner, and back-end features."""
@@ -103,7 +114,7 @@ class LifeCycle:
         """Bring the device up, or let a further ring in, when what is needed for it has been said."""
         ready = {i: r for i, r in self._rings.items() if r.ready}
         if not self._running:
-            if self._may_start(list(ready.values())):
+            if ready and self._may_start(list(ready.values())):
                 self._bring_up(ready)
             return
         fresh = {i: r for i, r in ready.items() if not r.set_up}
@@ -152,15 +163,8 @@ class LifeCycle:
         """Own the device, and bring it from reset to FEATURES_OK."""
         self._own()
         features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
-        self._all(
-            [
-                (ops.SET_STATUS, U8(0)),
-                (ops.SET_STATUS, U8(_DRIVER)),
-                (ops.SET_FEATURES, U64(features)),
-                (ops.SET_STATUS, U8(_DRIVER | Status.FEATURES_OK)),
-            ]
-        )
-        if not self._backend.call(ops.GET_STATUS, EMPTY).value & Status.FEATURES_OK:
+        *_, status = self._all([_RESET, _DRIVER, (ops.SET_FEATURES, U64(features)), _FEATURES_OK, (ops.GET_STATUS, EMPTY)])
+        if not status.value & Status.FEATURES_OK:
             raise OSError(errno.EINVAL, f"the device refuses the features {features:#x}")
 
     def _start(self, ready: dict[int, ClientRing]) -> None:
@@ -173,7 +177,7 @@ class LifeCycle:
             self._all(calls)
             # DRIVER_OK is not sent along: a device that refused a ring's base must not start it at 0. Kicks come behind it: a client need
             # not wait, and vp_vdpa rings the doorbell for it while the queue has no interrupt yet, which is lost then (kernel 6.12)
-            self._all([(ops.SET_STATUS, U8(_RUNNING)), *(self._kick_call(index, ring) for index, ring in ready.items())])
+            self._all([_RUNNING, *(self._kick_call(index, ring) for index, ring in ready.items())])
         except OSError:
             self._reset()
             raise
@@ -210,7 +214,7 @@ class LifeCycle:
 
     def _obstacle(self) -> str:
         """What the client will ask of a negotiated device in vain: where its packed rings stand. Split ones say it themselves."""
-        if self._can_relay and self._features & Feature.RING_PACKED:
+        if self._features & Feature.RING_PACKED and self._can_relay:
             try:
                 self._backend.call(ops.GET_VRING_BASE, VringState(0, 0))
             except OSError as error:
@@ -298,7 +302,7 @@ class LifeCycle:
         for ring in self._rings.values():
             ring.set_up = False
         if self._owned:
-            self._backend.call(ops.SET_STATUS, U8(0))
+            self._backend.call(*_RESET)
             self._mapped = self._mapped and bool(self._backend_features & BackendFeature.IOTLB_PERSIST)
         if self._iotlb is not None:
             self._iotlb.reset()

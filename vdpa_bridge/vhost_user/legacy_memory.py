@@ -56,10 +56,9 @@ class ClientRegion:
         mine, its = self.update, other.update
         return mine.iova < its.iova + its.size and its.iova < mine.iova + mine.size
 
-    def same(self, other: ClientRegion) -> bool:
+    def same(self, region: MemoryRegion, fd: int) -> bool:
         """Whether it is the same piece of the same file, wherever the descriptors come from."""
-        mine, its = os.fstat(self.fd), os.fstat(other.fd)
-        return self.region == other.region and (mine.st_dev, mine.st_ino) == (its.st_dev, its.st_ino)
+        return self.region == region and os.path.sameopenfile(self.fd, fd)
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -89,9 +88,8 @@ class ClientMemory:
 
     def again(self, region: MemoryRegion, fd: int) -> bool:
         """Whether exactly this is there already; then it has to be removed once more."""
-        new = ClientRegion(region, fd)
         for held in self.regions:
-            if held.same(new):
+            if held.same(region, fd):
                 held.times += 1
                 return True
         return False
@@ -106,7 +104,7 @@ class ClientMemory:
                 new = self.checked(region, fds[0], gpa_addresses)
                 del fds[0]
                 self.regions.append(new)
-                if (same := next((held for held in old if held.same(new)), None)) is not None:
+                if (same := next((held for held in old if held.same(region, new.fd)), None)) is not None:
                     self.regions[-1] = same
                     same.times = 1
                     old.remove(same)

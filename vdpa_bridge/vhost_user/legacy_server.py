@@ -31,7 +31,7 @@ from ..wire import (
 )
 from . import messages as m
 from .backend_channel import BackendEnd
-from .framing import REPLY_FLAGS, Frame, frame
+from .framing import NEED_REPLY, REPLY_FLAGS, Frame, frame
 from .legacy_life import LifeCycle
 from .legacy_state import ClientRing, whole_base
 from .messages import message_name
@@ -56,6 +56,7 @@ class LegacyService(LifeCycle):
         self._offered = OFFERED | extra
         self._protocol = 0
         self._queues: int | None = None
+        self._largest: int | None = None
         self._config_size: int | None = None
         self._metronome = Metronome()
 
@@ -73,17 +74,18 @@ class LegacyService(LifeCycle):
 
     def handle(self, message: Frame) -> bytes:
         """Carry out one message; the reply, if there is one."""
-        number = message.request
-        method = _METHODS.get(number)
-        if method is None:
+        number, payload = message.request, message.payload
+        if (known := _HANDLERS.get(number)) is None:
             raise RemoteProtocolError(f"{message_name(number)} is not offered by this server")
-        row = m.BY_NUMBER[number]
-        kind, answer, payload = row.request, row.reply, message.payload
-        acknowledge = answer is None and message.need_reply and bool(self._protocol & P.REPLY_ACK)
+        method, kind, done = known
         try:
-            if kind is Empty and payload:
+            if kind is not Empty:
+                request = kind.unpack(payload)
+            elif payload:
                 raise ValueError(f"takes no payload, {len(payload)} bytes came")
-            reply = method(self, message, EMPTY if kind is Empty else kind.unpack(payload))
+            else:
+                request = EMPTY
+            reply = method(self, message, request)
         except ValueError as error:
             raise RemoteProtocolError(f"{message_name(number)}: {error}") from None
         except OSError as error:
@@ -91,15 +93,16 @@ class LegacyService(LifeCycle):
             if number == m.GET_CONFIG.number:
                 _log.info("%s", text)
                 return frame(number, b"", REPLY_FLAGS)
-            if not acknowledge:
+            if not done or not self._to_acknowledge(message):
                 raise RemoteProtocolError(text) from None
             _log.warning("%s", text)
             return frame(number, _FAILED, REPLY_FLAGS)
-        if answer is not None:
-            return frame(number, (reply or EMPTY).pack(), REPLY_FLAGS)
-        if number == m.SET_PROTOCOL_FEATURES.number:
-            acknowledge = message.need_reply and bool(self._protocol & P.REPLY_ACK)
-        return frame(number, _DONE, REPLY_FLAGS) if acknowledge else b""
+        if reply is not None:
+            return frame(number, reply.pack(), REPLY_FLAGS)
+        return done if self._to_acknowledge(message) else b""
+
+    def _to_acknowledge(self, message: Frame) -> bool:
+        return bool(message.flags & NEED_REPLY and self._protocol & P.REPLY_ACK)
 
     def close(self) -> None:
         """Give the client's descriptors back."""
@@ -118,14 +121,17 @@ class LegacyService(LifeCycle):
 
     def _get_features(self, message: Frame, request: Empty) -> U64:
         """ACCESS_PLATFORM only where each side can do its part; clients ask once more when they have accepted protocol features."""
+        return U64(self._feature_offer())
+
+    def _feature_offer(self) -> int:
         device = self._device.call(ops.GET_FEATURES, EMPTY).value  # with a relay as without: the client has accepted some of them
         hidden = VHOST_ONLY_FEATURES
         if self._iotlb is None or _FOR_IOTLB & ~self._protocol:
             hidden |= Feature.ACCESS_PLATFORM
-        return U64(device & ~hidden | VHOST_USER_F_PROTOCOL_FEATURES)
+        return device & ~hidden | VHOST_USER_F_PROTOCOL_FEATURES
 
     def _set_features(self, message: Frame, request: U64) -> None:
-        offered = self._get_features(message, EMPTY).value
+        offered = self._feature_offer()
         if extra := request.value & ~offered:
             raise ValueError(f"accepts {extra:#x}, which was not offered ({offered:#x})")
         changed = request.value != self._features
@@ -232,11 +238,12 @@ class LegacyService(LifeCycle):
                 region.close()
 
     def _add_mem_reg(self, message: Frame, request: m.MemReg) -> None:
-        if self._memory.again(request.region, message.fds[0]):
+        wanted, fd = request.region, message.fds[0]
+        if self._memory.again(wanted, fd):
             return
         if len(self._memory.regions) >= MAX_SLOTS:
             raise ValueError(f"more than {MAX_SLOTS} memory regions")
-        region = self._memory.checked(request.region, message.fds[0], self._gpa_addresses)
+        region = self._memory.checked(wanted, fd, self._gpa_addresses)
         kept = not self._mapped or self._remap([region.there])
         message.take_fds()
         self._memory.regions.append(region)
@@ -263,14 +270,17 @@ class LegacyService(LifeCycle):
     # Rings -------------------------------------------------------------------------------------------------------------------
 
     def _ring(self, index: int) -> ClientRing:
-        if index >= self._queue_count():
-            raise ValueError(f"ring {index}: the device has {self._queue_count()}")
-        return self._rings.setdefault(index, ClientRing())
+        if (ring := self._rings.get(index)) is None:
+            if index >= self._queue_count():
+                raise ValueError(f"ring {index}: the device has {self._queue_count()}")
+            ring = self._rings[index] = ClientRing()
+        return ring
 
     def _set_vring_num(self, message: Frame, request: VringState) -> None:
-        largest = self._backend.call(ops.GET_VRING_NUM, EMPTY).value
-        if not 0 < request.num <= largest or request.num & (request.num - 1):
-            raise ValueError(f"ring size {request.num} is not a power of two up to {largest}")
+        if self._largest is None:
+            self._largest = self._backend.call(ops.GET_VRING_NUM, EMPTY).value
+        if not 0 < request.num <= self._largest or request.num & (request.num - 1):
+            raise ValueError(f"ring size {request.num} is not a power of two up to {self._largest}")
         self._ring(request.index).num = request.num
 
     def _set_vring_base(self, message: Frame, request: VringState) -> None:
@@ -357,9 +367,10 @@ class LegacyService(LifeCycle):
         return VringState(request.index, ring.base)
 
 
-_METHODS: dict[int, Callable[[LegacyService, Frame, Any], Payload | None]] = {
-    row.number: getattr(LegacyService, f"_{row.name.lower()}")
+_Handler = tuple[Callable[[LegacyService, Frame, Any], Payload | None], type[Payload], bytes]
+_HANDLERS: dict[int, _Handler] = {
+    row.number: (method, row.request, b"" if row.reply else frame(row.number, _DONE, REPLY_FLAGS))
     for row in m.BY_NUMBER.values()
-    if (row.needs is None or row.needs & OFFERED) and hasattr(LegacyService, f"_{row.name.lower()}")
+    if (row.needs is None or row.needs & OFFERED) and (method := getattr(LegacyService, f"_{row.name.lower()}", None))
 }
-"""The method of each message that this server takes."""
+"""Of each message that this server takes: the method, the payload, and the acknowledgement, where there is no reply."""

@@ -13,7 +13,7 @@ from typing import Self
 
 from .. import ops
 from ..flags import ProtocolFeature as P
-from ..wire import EMPTY, U64, Empty, Payload, Struct, VringAddr, VringState, u8, u32, u64
+from ..wire import EMPTY, U64, Empty, Payload, Struct, VringAddr, VringState, immutable, u8, u32, u64
 
 MAX_REGIONS = 8
 """Regions in one SET_MEM_TABLE."""
@@ -71,7 +71,7 @@ class _TableHead(Struct):
     padding: u32
 
 
-@dataclass(frozen=True)
+@immutable
 class MemTable(Payload):
     """Payload of SET_MEM_TABLE: 1 to 8 regions."""
 
@@ -96,7 +96,7 @@ class MemTable(Payload):
 _CONFIG_HEAD = struct.Struct("=III")
 
 
-@dataclass(frozen=True)
+@immutable
 class ConfigSpace(Payload):
     """Payload of GET_CONFIG and SET_CONFIG: u32 offset, size, flags, then the bytes. An empty one is an error reply."""
 
@@ -211,7 +211,7 @@ def legacy_fds(number: int, payload: bytes) -> tuple[int, int]:
     if row is None:
         return 0, MAX_REGIONS
     if row.request is U64:
-        announced = len(payload) == 8 and not U64.unpack(payload).value & NOFD
+        announced = len(payload) == 8 and not int.from_bytes(payload, "little") & NOFD
         return (1, 1) if announced else (0, 0)
     count = min(int.from_bytes(payload[:4], "little"), MAX_REGIONS)
     return count, count

@@ -8,7 +8,6 @@ everything else has.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import logging
@@ -271,11 +270,11 @@ def _send(client: socket.socket, data: bytes) -> None:
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
+    fds: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)
+            fds += struct.unpack_from(f"{len(data) // 4}i", data)
+    return fds
 
 
 def _listen(path: str) -> socket.socket:
