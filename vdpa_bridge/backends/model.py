@@ -85,6 +85,8 @@ class ModelDevice:
         end = time.monotonic() + patience
         while True:
             with self.runner.lock:
+                for index in list(self.runner.rings):
+                    self.runner.release(index)
                 held = {index: ring.queue.in_flight for index, ring in self.runner.rings.items() if ring.queue.in_flight}
                 if not held:
                     self._replace(succeed)
@@ -215,7 +217,9 @@ class ModelBackend(RuledBackend):
         return U64(self._offered)
 
     def _on_features(self, features: int) -> None:
-        """Bits that were not offered are dropped in silence, as vdpa_sim does."""
+        """Bits that were not offered are dropped in silence, as vdpa_sim does; those that the model cannot do without must be there."""
+        if self._model.required & ~features:
+            raise refuse(errno.EINVAL, f"the driver does without features 0x{self._model.required & ~features:x}, which it must accept")
 
     def _on_status(self, new: int, starts: bool) -> None:
         if starts:
@@ -278,8 +282,10 @@ class ModelBackend(RuledBackend):
     def _on_enable(self, index: int, ring: Ring) -> None:
         if ring.enabled:
             self._serve(index, ring)
-        elif served := self._runner.remove(index):
-            ring.base = served.queue.base
+        elif index in self._runner.rings:
+            self._runner.release(index)
+            if served := self._runner.remove(index):
+                ring.base = served.queue.base
 
     def _serve_enabled(self) -> None:
         for index, ring in enumerate(self._rings):

@@ -101,7 +101,9 @@ class Runner:
             self._watch(index, ring)
 
     def pause(self) -> None:
-        """Leave rings and sources alone."""
+        """Leave rings and sources alone, once the model has given back what it keeps."""
+        for index in list(self.rings):
+            self.release(index)
         self.paused = True
 
     def resume(self) -> None:
@@ -133,6 +135,19 @@ class Runner:
         if ring is not None and self.running:
             self._unwatch(ring.kick)
         return ring
+
+    def release(self, index: int) -> None:
+        """Let the model give back the chains that it keeps of a ring, which is about to stop."""
+        ring = self.rings[index]
+        try:
+            self.model.release(ring, index)
+        except Exception as error:  # as in the thread
+            _log.exception("%s: queue %d: the model failed", self._name, index)
+            self._break(index, str(error))
+        if ring.call_due:
+            ring.call_due = False
+            if ring.call is not None:
+                self.signal(ring.call)
 
     def rekick(self, index: int, kick: EventFd | None) -> None:
         """A working ring gets another kick eventfd; the caller closes the old one afterwards."""
@@ -170,7 +185,7 @@ class Runner:
             self.remove(index)
         self._pending.clear()
         self._signals.clear()
-        self.running = False
+        self.running = self.paused = False
         self._mute_sources()
 
     def close(self) -> None:
@@ -202,14 +217,16 @@ class Runner:
         """Know the model's sources; they are waited for one event at a time, so that what is not served now does not keep the thread awake."""
         if self.model.sources is not None:
             self._epoll.register(self.model.sources.fileno(), 0)
+            self._mute_sources()
 
     def _await_sources(self) -> None:
         if self.model.sources is not None:
             self._epoll.modify(self.model.sources.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
 
     def _mute_sources(self) -> None:
+        """There is no driver; sources that do not need one are waited for still."""
         if self.model.sources is not None:
-            self._epoll.modify(self.model.sources.fileno(), 0)
+            self._epoll.modify(self.model.sources.fileno(), select.EPOLLIN | select.EPOLLONESHOT if self.model.sources.idle else 0)
 
     def _unwatch(self, kick: EventFd | None) -> None:
         if kick is not None:
@@ -228,8 +245,8 @@ class Runner:
                 self._pending.update(i for i, ring in self.rings.items() if ring.kick is not None and ring.kick.fd in kicked)
                 if not self.paused:
                     self._serve_pending()
-                    if self.running and self.model.sources is not None and self.model.sources.fileno() in kicked:
-                        self._serve_sources(self.model.sources)
+                    if (sources := self.model.sources) is not None and sources.fileno() in kicked and (self.running or sources.idle):
+                        self._serve_sources(sources)
                     self._settle()
                 signals, self._signals = self._signals, []
             for event in signals:
@@ -266,7 +283,7 @@ class Runner:
                 _log.exception("%s: the model failed at what came from outside", self._name)
                 for index in list(self.rings):
                     self._break(index, str(error))
-        if self.running:
+        if self.running or sources.idle:
             self._await_sources()
 
     def _settle(self) -> None:

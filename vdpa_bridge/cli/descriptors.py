@@ -41,12 +41,12 @@ def command(install: str | None, place: str | None, output: Output, trace: Trace
     """Show, or install, a descriptor (QEMU's vhost-user.json) of each vhost-user-vdpa-* program.
 
     Management software reads /usr/share/qemu/vhost-user, /etc/qemu/vhost-user and ~/.config/qemu/vhost-user; a file in a later
-    directory replaces one of the same name.
+    directory replaces one of the same name. Programs of types that the schema does not know have none.
     """
     from .programs import PROGRAMS
 
     programs = _directory_of_programs([program.name for program in PROGRAMS.values()]) if place is None else Path(place).absolute()
-    found = {program.file: program.descriptor(programs) for program in PROGRAMS.values()}
+    found = {program.file: program.descriptor(programs) for program in PROGRAMS.values() if program.described}
     if install is None:
         output.emit(found, lambda: _show(found))
         return

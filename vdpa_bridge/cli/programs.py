@@ -34,6 +34,8 @@ class BackEnd:
     """Options that the conventions define for the type, and whose presence is a feature."""
     own: tuple[click.Option, ...] = ()
     """Options beyond the conventions."""
+    described: bool = True
+    """Whether there is a descriptor: not for a *type* that the schema does not know, at which its readers (libvirt) give up on all of them."""
 
     @property
     def name(self) -> str:
@@ -76,6 +78,43 @@ vhost-user-vdpa-blk --socket-path /run/scratch.sock --size 1G --queues 4 -v
                 click.Option(["--serial"], metavar="TEXT", help="What the disk calls itself, at most 20 bytes."),
                 click.Option(["--queues"], metavar="N", help="Request queues.  [default: 1]"),
             ),
+        ),
+        BackEnd(
+            "gpio",
+            "gpio",
+            "GPIO controller with simulated lines",
+            """
+vhost-user-vdpa-gpio --socket-path /run/gpio.sock --names led,button --loop led:button
+vhost-user-vdpa-gpio --socket-path /run/gpio.sock --lines 16 --control /run/lines.sock
+echo set 3 1 | nc -UN /run/lines.sock
+""",
+            (),
+            (
+                click.Option(["--lines"], metavar="N", help="How many there are.  [default: 8, or one for each name]"),
+                click.Option(["--names"], metavar="NAME,NAME", help="Of the lines, from the first on; empty for one without."),
+                click.Option(["--loop"], metavar="LINE:LINE,...", help="Wires: an output at one end is what the other end senses."),
+                click.Option(["--high"], metavar="LINE,LINE", help="Inputs that are high at first."),
+                click.Option(["--control"], metavar="PATH", help="A socket for lines of text that get, set and watch lines."),
+            ),
+            described=False,
+        ),
+        BackEnd(
+            "i2c",
+            "i2c",
+            "I2C bus with simulated devices",
+            """
+vhost-user-vdpa-i2c --socket-path /run/i2c.sock --devices 'eeprom@50:file=board.bin,thermometer@48:temperature=23.5'
+vhost-user-vdpa-i2c --fd 3 --devices 'ram@20:size=16,eeprom@50:size=32K;page=64'
+""",
+            (),
+            (
+                click.Option(
+                    ["--devices"],
+                    metavar="KIND@ADDRESS[:OPTION=VALUE;...],...",
+                    help="eeprom (file=, size=, page=, readonly=on), ram (size=), thermometer (temperature=, file=).  [default: eeprom@50]",
+                ),
+            ),
+            described=False,
         ),
         BackEnd(
             "net",
@@ -190,4 +229,4 @@ def _command(back_end: BackEnd) -> click.Command:
     return command
 
 
-blk, net, rng, scsi = (_command(PROGRAMS[kind]) for kind in ("blk", "net", "rng", "scsi"))
+blk, gpio, i2c, net, rng, scsi = (_command(PROGRAMS[kind]) for kind in ("blk", "gpio", "i2c", "net", "rng", "scsi"))

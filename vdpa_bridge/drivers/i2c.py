@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""An I2C driver (virtio 1.2, 5.19): transfers to and from devices on its bus."""
+"""An I2C driver (virtio 1.2, 5.16): transfers to and from devices on its bus."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class I2cDriver(Driver):
     table_entries = 3
 
     def __init__(self, device: Device, *, wanted: int = F.ZERO_LENGTH_REQUEST, **options: Unpack[Options]) -> None:
-        """See ``Driver``; ZERO_LENGTH_REQUEST is required, as devices must offer it and drivers take it (5.19.3)."""
+        """See ``Driver``; ZERO_LENGTH_REQUEST is required, as devices must offer it and drivers take it (5.16.3)."""
         options["required"] = options.get("required", 0) | F.ZERO_LENGTH_REQUEST
         options.setdefault("pool_size", 1 << 18)
         super().__init__(device, wanted=wanted, queues=(REQUESTS,), **options)

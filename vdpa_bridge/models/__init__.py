@@ -10,6 +10,8 @@ from ..virtio.ids import DeviceId
 from .base import Model, Queue
 from .blk import BlkModel
 from .code import ModelCode
+from .gpio import GpioModel
+from .i2c import I2cModel
 from .needs import Needs
 from .net import NetModel
 from .rng import RngModel
@@ -21,6 +23,8 @@ __all__ = [
     "BlkModel",
     "DeviceId",
     "Field",
+    "GpioModel",
+    "I2cModel",
     "Model",
     "ModelCode",
     "Needs",
@@ -34,6 +38,8 @@ __all__ = [
 
 KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
     "blk": BlkModel.from_options,
+    "gpio": GpioModel.from_options,
+    "i2c": I2cModel.from_options,
     "net": NetModel.from_options,
     "rng": RngModel.from_options,
     "scsi": ScsiModel.from_options,

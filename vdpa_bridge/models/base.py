@@ -56,6 +56,8 @@ class Model(ABC):
 
     features: int = 0
     """The device type's own feature bits; RING_FEATURES come on top."""
+    required: int = 0
+    """Those without which no driver is served: SET_FEATURES refuses it with EINVAL."""
     queue_count: int
     """How many virtqueues there are."""
     groups: int = 1
@@ -100,6 +102,9 @@ class Model(ABC):
         (receive buffers without anything to receive) is looked at after the next kick; one that had fewer chains than were asked
         for brings a call with its own index once it has more.
         """
+
+    def release(self, queue: Queue, index: int) -> None:  # noqa: B027 - most devices keep no chain for later
+        """Queue *index* stops, to work again from where it stood perhaps: give back the chains of it that are kept, or they are lost."""
 
     def refresh(self) -> str:
         """Look anew at what may have changed outside (the size of a file); what did, for the log, empty if nothing."""

@@ -24,10 +24,12 @@ _MOST = 64
 class Sources:
     """Descriptors that are watched while the driver is ready. They belong to the model, and leave before they are closed.
 
+    *idle*: they are watched without a driver as well; no queue works then.
     Synchronization: as the model's: one thread at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle: bool = False) -> None:
+        self.idle = idle
         self._epoll = select.epoll()
         self._ready: dict[int, Ready] = {}
         self._events: dict[int, int] = {}

@@ -168,7 +168,7 @@ class ScmiFeature(IntEnum):
 
 
 class I2cFeature(IntEnum):
-    """VIRTIO_I2C_F_* (virtio 1.2, 5.19.3)."""
+    """VIRTIO_I2C_F_* (virtio 1.2, 5.16.3)."""
 
     ZERO_LENGTH_REQUEST = 1 << 0
 
