@@ -3,7 +3,7 @@
 
     /dev/vhost-vdpa-N                 a kernel device by its node
     vdpa:NAME                         a kernel device by its name on the vdpa bus
-    vhost-user:PATH[?type=blk&vdpa=prefer|require|off&timeout=5&queue-size=256]
+    vhost-user:PATH[?type=blk&vdpa=prefer|require|off&timeout=5&queue-size=256&config-size=8]
     vhost-net:TAP[?mac=52:54:00:12:34:56]   a NIC of the kernel's own vhost, on a tap interface
     vhost-vsock:CID                         a socket device of the kernel's own vhost, with that context id
     model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
@@ -49,7 +49,7 @@ GRAMMAR = (
 
 _OPTIONS: dict[str, set[str] | None] = {
     "vdpa": set(),
-    "vhost-user": {"type", "vdpa", "timeout", "queue-size"},
+    "vhost-user": {"type", "vdpa", "timeout", "queue-size", "config-size"},
     "vhost-net": {"mac"},
     "vhost-vsock": set(),
     "model": None,
@@ -174,6 +174,7 @@ class Target:
             vdpa=mode,
             timeout=_number(self.text, "timeout", self.options.get("timeout", "5")),
             queue_size=int(_number(self.text, "queue-size", self.options.get("queue-size", "256"))),
+            config_size=int(_number(self.text, "config-size", self.options["config-size"])) if "config-size" in self.options else None,
         )
 
     def close(self) -> None:

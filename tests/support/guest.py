@@ -73,15 +73,28 @@ def kernel_kit() -> Path:
     Raises:
         GuestError: the kit cannot be made here; the text says why.
     """
-    named = os.environ.get("VDPA_BRIDGE_KERNEL_DIR")
-    if named:
-        return Path(named)
-    setup = [str(REPO / "tools" / "setup"), "kernel"]
-    done = subprocess.run(setup, capture_output=True, text=True, check=False)
+    return Path(_place("VDPA_BRIDGE_KERNEL_DIR", "kernel"))
+
+
+def newer_qemu() -> str:
+    """A QEMU newer than the release's, where that is an old one, for what is wrong there; unpacked first if it is missing.
+
+    Takes $VDPA_BRIDGE_NEWER_QEMU if set, else asks `tools/setup newer`.
+
+    Raises:
+        GuestError: there is none; the text says why.
+    """
+    return _place("VDPA_BRIDGE_NEWER_QEMU", "newer")
+
+
+def _place(variable: str, group: str) -> str:
+    """What `tools/setup GROUP` says in a variable, unless the environment has it."""
+    if named := os.environ.get(variable):
+        return named
+    done = subprocess.run([str(REPO / "tools" / "setup"), group], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise GuestError(f"tools/setup kernel failed:\n{done.stderr.strip()}")
-    assignments = dict(word.split("=", 1) for word in shlex.split(done.stdout) if "=" in word)
-    return Path(assignments["VDPA_BRIDGE_KERNEL_DIR"])
+        raise GuestError(f"tools/setup {group} failed:\n{done.stderr.strip()}")
+    return dict(word.split("=", 1) for word in shlex.split(done.stdout) if "=" in word)[variable]
 
 
 def quoted(value: str | Path) -> str:
@@ -118,6 +131,7 @@ class Guest:
         files: further files of the guest's root, by name.
         memory: RAM in MiB. cpus: number of virtual CPUs.
         kit: the kernel kit; default `kernel_kit()`.
+        qemu: the program; default the installed one.
         out, err: called with what the script prints, as it arrives (while somebody waits).
 
     Raises:
@@ -135,11 +149,12 @@ class Guest:
         memory: int = 512,
         cpus: int = 1,
         kit: Path | None = None,
+        qemu: str = QEMU,
         out: Sink | None = None,
         err: Sink | None = None,
     ) -> None:
-        if shutil.which(QEMU) is None:
-            raise GuestError(f"{QEMU} is not installed: run tools/setup peers")
+        if shutil.which(qemu) is None:
+            raise GuestError(f"{qemu} is not installed: run tools/setup peers")
         kit = kit or kernel_kit()
         if not (kit / "initrd").is_file():
             raise GuestError(f"{kit} is not a kernel kit as kernel/build makes it: no initrd")
@@ -156,7 +171,7 @@ class Guest:
             initrd.write_bytes(base + bytes(-len(base) % 4) + cpio_newc(own))
             words = "console=ttyS0 panic=-1 quiet mitigations=off"
             words += f" modules={','.join(modules)} {append}"
-            command = [QEMU, *_machine(memory, cpus), "-kernel", str(kit / "vmlinuz")]
+            command = [qemu, *_machine(memory, cpus), "-kernel", str(kit / "vmlinuz")]
             command += ["-initrd", str(initrd), "-append", words.strip()]
             command += ["-device", "virtio-serial-pci,id=guest-ports"]
             for name in ("log", "out", "err", "status"):
@@ -315,6 +330,7 @@ def run_guest(
     files: Mapping[str, bytes] | None = None,
     memory: int = 512,
     cpus: int = 1,
+    qemu: str = QEMU,
     timeout: float = 90.0,
 ) -> GuestResult:
     """Boots a guest, runs `script`, returns the result; arguments and errors as for `Guest`."""
@@ -326,5 +342,6 @@ def run_guest(
         files=files,
         memory=memory,
         cpus=cpus,
+        qemu=qemu,
     ) as guest:
         return guest.wait(timeout)

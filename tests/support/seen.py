@@ -8,6 +8,7 @@ exactly what is kept for it. So the tables have no row that no test says, and la
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -48,6 +49,7 @@ WORDS = {
 
 _PROGRAMS = {
     "QEMU": (["qemu-system-x86_64", "--version"], r"version (\S+)"),
+    "QEMU, newer": ([os.environ.get("VDPA_BRIDGE_NEWER_QEMU", "qemu-system-x86_64"), "--version"], r"version (\S+)"),
     "virtiofsd": (["/usr/lib/qemu/virtiofsd", "--version"], r"version (\S+)"),
     "vhost-user-gpu": (["qemu-system-x86_64", "--version"], r"version (\S+)"),
     "qemu-storage-daemon": (["qemu-storage-daemon", "--version"], r"version (\S+)"),

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.homes import socket_path
+from tests.support.tutorial import Block, Reader
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -21,6 +24,16 @@ def test_python_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device_id=2" in said
     assert "U8(value=0)" in said
     assert "b'hello'" in said
+
+
+def test_a_device_on_a_page() -> None:
+    """The entropy source is served as the page says, and fills what it is given."""
+    found = re.search(r"```python\n# entropy\.py\n(.*?)```.*?```\n(\$ vdpa-bridge serve model:entropy.*?)```", README.read_text(), re.S)
+    assert found is not None
+    code, shown = found.groups()
+    with socket_path() as path, Reader(README, directory := Path(path).parent) as reader:
+        (directory / "entropy.py").write_text(code)
+        reader.type(Block("console", "", shown))
 
 
 def test_no_mark_is_left() -> None:

@@ -31,11 +31,17 @@ _BESIDE_HELLO = replace(LEAST_HELLO, max_requests=LEAST_HELLO.max_requests - 1)
 
 
 def open_vhost_user(
-    path: str, name: str = "", device_id: int | None = None, vdpa: str = "prefer", timeout: float = 5.0, queue_size: int = 256
+    path: str,
+    name: str = "",
+    device_id: int | None = None,
+    vdpa: str = "prefer",
+    timeout: float = 5.0,
+    queue_size: int = 256,
+    config_size: int | None = None,
 ) -> Backend:
     """Connect and settle the mode: vDPA where the peer offers it, else legacy unless *vdpa* is ``require``.
 
-    *device_id* and *queue_size* are what a legacy peer cannot tell; *timeout* in seconds holds for each answer.
+    *device_id*, *queue_size* and *config_size* (None: the usual one of the type) are what a legacy peer cannot tell; *timeout* in seconds holds for each answer.
     """
     name = name or f"vhost-user:{path}"
     connection = Connection.open(path, name, timeout)
@@ -48,7 +54,7 @@ def open_vhost_user(
             return VhostUserVdpa(connection)
         if vdpa == "require":
             raise NotOffered(f"{name}: the peer does not offer VHOST_USER_PROTOCOL_F_VDPA (protocol features {offered:#x})")
-        return VhostUserLegacy(connection, features, offered, device_id, queue_size)
+        return VhostUserLegacy(connection, features, offered, device_id, queue_size, config_size)
     except ValueError as error:
         connection.close()
         raise RemoteProtocolError(f"{name}: {error}") from None

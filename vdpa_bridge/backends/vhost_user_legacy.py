@@ -86,7 +86,7 @@ class VhostUserLegacy(RuledBackend):
 
     offered_backend_features = B.IOTLB_MSG_V2 | B.IOTLB_BATCH | B.SUSPEND | B.RESUME | B.ENABLE_AFTER_DRIVER_OK | B.IOTLB_PERSIST
 
-    def __init__(self, connection: Connection, features: int, protocol_offered: int, device_id: int | None, queue_size: int) -> None:
+    def __init__(self, connection: Connection, features: int, protocol_offered: int, device_id: int | None, queue_size: int, config_bytes: int | None) -> None:
         super().__init__(connection.name)
         self._connection = connection
         self._protocol_offered = protocol_offered
@@ -96,6 +96,7 @@ class VhostUserLegacy(RuledBackend):
         self._protocol = protocol_offered & SPOKEN
         self._device_id = device_id
         self.queue_size = queue_size
+        self._config_size = config_bytes
         self._table: IotlbTable[_Region] = IotlbTable(1, 0, LAST_IOVA)
         self._removed: list[_Region] = []
         self._started: set[int] = set()
@@ -225,11 +226,13 @@ class VhostUserLegacy(RuledBackend):
     def _config_bytes(self) -> int:
         if not self._protocol & P.CONFIG:
             return 0
+        if self._config_size is not None:
+            return self._config_size
         if self._device_id is None:
             raise refuse(errno.EOPNOTSUPP, f"the size follows from the device type; {_SAY_TYPE}")
         size = config_size(self._device_id)
         if size is None:
-            raise refuse(errno.EOPNOTSUPP, f"no configuration layout is known for {device_name(self._device_id)}")
+            raise refuse(errno.EOPNOTSUPP, f"no configuration layout is known for {device_name(self._device_id)}; say ?config-size=BYTES")
         return size
 
     def _need_config(self) -> None:

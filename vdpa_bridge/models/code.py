@@ -67,6 +67,7 @@ class ModelCode:
         code = compile(path.read_bytes(), str(path), "exec")  # not by a loader: it would take stale bytecode of the same second
         before = sys.modules.get(name)
         sys.modules[name] = module
+        sys.path.insert(0, directory := str(path.absolute().parent))  # as for a script: it may import its neighbours
         try:
             exec(code, module.__dict__)
         except BaseException:
@@ -75,6 +76,8 @@ class ModelCode:
             else:
                 sys.modules[name] = before
             raise
+        finally:
+            sys.path.remove(directory)
         return {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == name}
 
     def _choose(self, found: dict[str, object]) -> type[Model]:
