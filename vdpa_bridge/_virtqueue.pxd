@@ -78,7 +78,7 @@ cdef extern from "virtqueue.h" nogil:
         const iova_map *map
         uint64_t desc, avail, used
         uint32_t num, base
-        bint event_idx, indirect, packed, wait
+        bint event_idx, indirect, packed, wait, in_order
     struct vq_device:
         vq_device_config config
         uint16_t used_idx
@@ -111,7 +111,7 @@ cdef extern from "virtqueue.h" nogil:
         void *area
         uint64_t iova
         uint32_t num, table_entries, base
-        bint event_idx, packed, overstated
+        bint event_idx, packed, overstated, in_order
     struct vq_driver:
         vq_driver_config config
         uint32_t free, in_flight

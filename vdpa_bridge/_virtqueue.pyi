@@ -112,6 +112,7 @@ class DeviceQueue:
         indirect: bool = True,
         packed: bool = False,
         wait: bool = False,
+        in_order: bool = False,
     ) -> Self:
         """`num` entries (at most 32768; a power of 2 unless `packed`), the IOVAs of the three areas, and where to start.
 
@@ -120,6 +121,8 @@ class DeviceQueue:
         available index in bits 0-14 and its wrap counter in bit 15, the last used ones in bits 16-30 and 31, by default
         0x80008000 (both indices 0, both counters 1).
         `wait`: memory that is not mapped does not break the queue, but makes it wait; see `misses`.
+        `in_order` needs VIRTIO_F_IN_ORDER: chains may still be pushed in any order; those that come early are held until the ones
+        before them are there.
         ValueError: num, base or alignment (16, 2 and 4 bytes; packed 16, 4 and 4) is wrong. OSError(EFAULT): an area is not
         mapped in one piece with the permission it needs (a packed ring's descriptors: both).
         """
@@ -190,12 +193,14 @@ class DriverQueue(Generic[_T]):
         owner: object = None,
         packed: bool = False,
         overstated: bool = False,
+        in_order: bool = False,
     ) -> Self:
         """Put a ring of `num` (at most 32768; a power of 2 unless `packed`) at `address`, which the device sees at `iova`.
 
         `table_entries` > 0 uses indirect descriptors for chains of 2 to that many buffers (needs VIRTIO_F_INDIRECT_DESC), `event_idx` needs
         VIRTIO_F_EVENT_IDX, `packed` VIRTIO_F_RING_PACKED. `base` is as for `DeviceQueue`; both halves of a packed one are the same,
         for nothing is in flight yet. `overstated` forgives a device that counts more bytes written than there is room for.
+        `in_order` needs VIRTIO_F_IN_ORDER: chains that the device skips in the used ring count as written completely.
         ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
         """
     def __class_getitem__(cls, item: object, /) -> GenericAlias: ...

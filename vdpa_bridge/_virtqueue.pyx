@@ -202,14 +202,15 @@ cdef uint64_t rest(uint64_t size, uint64_t offset, object length) except? 0:
 cdef class DeviceQueue:
     def __cinit__(
         self, IovaMap memory not None, object num, uint64_t desc, uint64_t avail, uint64_t used,
-        *, object base=None, bint event_idx=False, bint indirect=True, bint packed=False, bint wait=False,
+        *, object base=None, bint event_idx=False, bint indirect=True, bint packed=False, bint wait=False, bint in_order=False,
     ):
         cdef vq_device_config config
         cdef uint32_t entries = checked_num(num, packed)
         cdef int error
         config.map, config.num, config.base = &memory.map, entries, checked_base(entries, base, packed)
         config.desc, config.avail, config.used = desc, avail, used
-        config.event_idx, config.indirect, config.packed, config.wait = event_idx, indirect, packed, wait
+        config.event_idx, config.indirect, config.packed = event_idx, indirect, packed
+        config.wait, config.in_order = wait, in_order
         self.memory = memory
         self.done = <vq_used *> malloc(entries * sizeof(vq_used))
         self.pieces.capacity = PIECES + entries
@@ -336,7 +337,7 @@ cdef class DriverQueue:
     def __cinit__(
         self, uintptr_t address, uint64_t size, uint64_t iova, object num,
         *, object table_entries=0, bint event_idx=False, object base=None, object owner=None, bint packed=False,
-        bint overstated=False,
+        bint overstated=False, bint in_order=False,
     ):
         cdef vq_driver_config config
         cdef uint32_t entries = checked_num(num, packed)
@@ -346,7 +347,8 @@ cdef class DriverQueue:
             raise ValueError(f"ring area has {size} bytes, needs {self.layout.size}")
         config.area, config.iova, config.num = <void *> address, iova, entries
         config.base = checked_base(entries, base, packed)
-        config.table_entries, config.event_idx, config.packed, config.overstated = table_entries, event_idx, packed, overstated
+        config.table_entries, config.event_idx, config.packed = table_entries, event_idx, packed
+        config.overstated, config.in_order = overstated, in_order
         self.owner, self.held = owner, [None] * entries
         self.most = max(entries, <uint32_t> table_entries)
         self.buffers = <vq_buffer *> malloc(self.most * sizeof(vq_buffer))

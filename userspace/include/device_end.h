@@ -20,7 +20,7 @@ bool device_look_up(struct vq_device *vq);
 bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, uint32_t length);
 
 /* Memory is not there: a miss in a queue that waits, when it can be mapped at all, else a fault and false. */
-__attribute__((cold)) bool device_miss(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t iova,
+COLD bool device_miss(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t iova,
 				       uint64_t length, uint32_t perm);
 
 /* The packed format of the calls in virtqueue.h. */
@@ -29,18 +29,25 @@ int packed_device_push(struct vq_device *vq, const struct vq_used *done, size_t 
 int packed_device_enable_kick(struct vq_device *vq);
 void packed_device_disable_kick(struct vq_device *vq);
 
-static inline bool device_fault(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
+COLD static bool device_fault(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
 {
 	vq->fault = (struct vq_fault){ .code = code, .where = where, .value = value };
 	return false;
 }
 
+/* The same as the answer of a walk. */
+COLD static int device_broken(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
+{
+	device_fault(vq, code, where, value);
+	return -EPROTO;
+}
+
 /* Before a batch: not broken, and the ring is where it was or has been found again. */
 static inline bool device_usable(struct vq_device *vq)
 {
-	if (vq->fault.code != VQ_OK)
+	if (UNLIKELY(vq->fault.code != VQ_OK))
 		return false;
-	return vq->generation == vq->config.map->generation || device_look_up(vq);
+	return LIKELY(vq->generation == vq->config.map->generation) || device_look_up(vq);
 }
 
 /* The answer of a call on a queue that is not usable: `waiting` when only a mapping is missing. */
@@ -49,44 +56,157 @@ static inline int device_unusable(const struct vq_device *vq, int waiting)
 	return vq->fault.code == VQ_OK ? waiting : -EPROTO;
 }
 
-/* After a batch: what was read came from the driver, not from a mapping the guard replaced. */
-static inline bool device_sound(struct vq_device *vq)
+COLD static bool device_look_for_poison(struct vq_device *vq)
 {
-	uint64_t now = guard_events();
-
-	if (now == vq->guard_seen)
-		return true;
-	vq->guard_seen = now;
+	vq->guard_seen = guard_events();
 	return !iova_map_poisoned(vq->config.map) || device_fault(vq, VQ_POISONED, 0, 0);
 }
 
-/* Appends buffer `step` to the chain; *full when its pieces do not fit. */
-__attribute__((always_inline)) static inline bool device_append(struct vq_device *vq, struct vq_chain *chain,
-								uint64_t address, uint32_t length, bool write,
-								uint32_t step, struct iova_pieces *pieces, bool *full)
+/* After a batch: what was read came from the driver, not from a mapping the guard replaced. */
+static inline bool device_sound(struct vq_device *vq)
 {
-	size_t before = pieces->used;
-	int error;
+	return LIKELY(guard_events() == vq->guard_seen) || device_look_for_poison(vq);
+}
 
-	if (!write && chain->writable_pieces) /* virtio 1.2, 2.7.4.2 and 2.8.17 */
-		return device_fault(vq, VQ_CHAIN_ORDER, chain->head, step);
-	error = iova_translate(vq->config.map, &vq->hint, address, length, write ? IOVA_WO : IOVA_RO, pieces);
-	if (error == -ENOSPC) {
-		*full = true;
+/*
+ * Chains are walked in two ways. The quick walk knows the usual chain alone: all buffers in the region hit last, an
+ * indirect table in its own, nothing wrong. It gives up on any other, which the thorough walk then reads anew, and says what
+ * is wrong. Either reads each word of a descriptor once.
+ *
+ * What the quick walk moves is held in locals: an atomic access makes the compiler store what it holds of memory, and load
+ * it again.
+ */
+struct device_walk {
+	struct iova_view view; /* the region hit last */
+	struct iova_view tables; /* the same for indirect tables; of none when they are not allowed */
+	uint8_t *iov, *iova; /* the two arrays of pieces */
+	size_t at, end; /* bytes of `iova` used, and at most; of `iov` it is twice as many: one register for both */
+};
+
+enum { PIECE = sizeof(uint64_t) };
+
+_Static_assert(sizeof(struct iovec) == 2 * PIECE, "both arrays share a cursor");
+
+static inline struct device_walk device_walk_start(const struct vq_device *vq, const struct iova_pieces *pieces)
+{
+	return (struct device_walk){ .view = iova_view(vq->config.map, vq->hint),
+				     .tables = iova_view(vq->config.map, vq->config.indirect ? vq->table_hint : SIZE_MAX),
+				     .iov = (uint8_t *)pieces->iov,
+				     .iova = (uint8_t *)pieces->iova,
+				     .at = PIECE * pieces->used,
+				     .end = PIECE * pieces->capacity };
+}
+
+/* An indirect table of a usual size that lies in the view and can be read in place, or NULL. */
+INLINED void *device_table(const struct device_walk *walk, uint64_t address, uint32_t length)
+{
+	uint8_t *table = iova_in_view(&walk->tables, address);
+
+	if (UNLIKELY(!iova_covers(&walk->tables, address, length) || !(walk->tables.perm & IOVA_RO) ||
+		     (uintptr_t)table % sizeof(uint64_t) || length % VRING_DESC_SIZE ||
+		     length > VQ_INDIRECT_MAX * VRING_DESC_SIZE))
+		return NULL;
+	return table;
+}
+
+/* Puts a buffer that lies in the view behind `*at` pieces; false when it does not. The caller looks at the permission. */
+INLINED bool device_append_quickly(const struct device_walk *walk, size_t *at, uint64_t address, uint32_t length)
+{
+	struct iovec *iov = (void *)(walk->iov + 2 * *at);
+	uint64_t *iova = (void *)(walk->iova + *at);
+
+	if (UNLIKELY(*at == walk->end || !iova_covers(&walk->view, address, length)))
 		return false;
-	}
-	if (error) /* the walk goes on, so that all that the chain misses is known at once */
-		return device_miss(vq, VQ_CHAIN_UNMAPPED, chain->head, address, length, write ? IOVA_WO : IOVA_RO);
-	if (write) {
-		chain->writable_pieces += (uint32_t)(pieces->used - before);
-		chain->writable += length;
-	} else {
-		chain->readable_pieces += (uint32_t)(pieces->used - before);
-		chain->readable += length;
-	}
-	if (chain->readable + chain->writable > UINT64_C(1) << 32) /* virtio 1.2, 2.7.5.2 */
-		return device_fault(vq, VQ_CHAIN_BYTES, chain->head, chain->readable + chain->writable);
+	iov->iov_base = iova_in_view(&walk->view, address);
+	iov->iov_len = length;
+	*iova = address;
+	*at += PIECE;
 	return true;
 }
+
+/* A buffer of the thorough walk: 0, -ENOSPC, -EPROTO (a fault is set). A miss is 0: the walk goes on, so that all that the
+ * chain misses is known at once. */
+int device_append(struct vq_device *vq, struct iova_pieces *pieces, uint16_t head, uint64_t address, uint32_t length,
+		  uint32_t perm);
+
+/* The sums of a chain while its buffers are walked. */
+struct device_sum {
+	uint64_t readable, writable;
+	size_t behind; /* pieces up to the last readable one */
+	bool writes;
+};
+
+/* Buffer `step` of a chain. 0, -ENOSPC or -EPROTO. */
+static inline int device_add_buffer(struct vq_device *vq, struct iova_pieces *pieces, struct device_sum *sum,
+				    uint16_t head, uint64_t address, uint32_t length, bool write, uint32_t step)
+{
+	int error;
+
+	if (!write && sum->writes) /* virtio 1.2, 2.7.4.2 and 2.8.17 */
+		return device_broken(vq, VQ_CHAIN_ORDER, head, step);
+	error = device_append(vq, pieces, head, address, length, write ? IOVA_WO : IOVA_RO);
+	if (error)
+		return error;
+	sum->readable += write ? 0 : length;
+	sum->writable += write ? length : 0;
+	sum->behind = write ? sum->behind : pieces->used;
+	sum->writes |= write;
+	return 0;
+}
+
+/* A chain whose pieces begin at `first` and end at `used`. */
+INLINED struct vq_chain device_chain(const struct device_sum *sum, size_t first, size_t used, uint16_t head)
+{
+	return (struct vq_chain){ .first = first,
+				  .readable_pieces = (uint32_t)(sum->behind - first),
+				  .writable_pieces = (uint32_t)(used - sum->behind),
+				  .readable = sum->readable,
+				  .writable = sum->writable,
+				  .head = head };
+}
+
+/* A chain of one piece; one of the two lengths is 0. Field by field: a struct would be cleared first. */
+INLINED void device_single(struct vq_chain *chain, size_t first, uint32_t readable, uint32_t writable)
+{
+	chain->first = first;
+	chain->readable_pieces = readable != 0;
+	chain->writable_pieces = writable != 0;
+	chain->readable = readable;
+	chain->writable = writable;
+}
+
+/* The end of a quick walk to `at` through so many bytes; false when they are too many, or not allowed. */
+INLINED bool device_end_chain(struct device_walk *walk, struct vq_chain *chain, size_t at, size_t behind, uint64_t readable,
+			      uint64_t writable)
+{
+	size_t first = walk->at;
+
+	if (UNLIKELY(readable + writable > UINT64_C(1) << 32 || (readable && !(walk->view.perm & IOVA_RO)) ||
+		     (writable && !(walk->view.perm & IOVA_WO))))
+		return false;
+	chain->first = first / PIECE;
+	chain->readable_pieces = (uint32_t)((behind - first) / PIECE);
+	chain->writable_pieces = (uint32_t)((at - behind) / PIECE);
+	chain->readable = readable;
+	chain->writable = writable;
+	walk->at = at;
+	return true;
+}
+
+/* virtio 1.2, 2.7.5.2 */
+static inline bool device_sum_allowed(const struct device_sum *sum)
+{
+	return sum->readable + sum->writable <= UINT64_C(1) << 32;
+}
+
+/* After a pop: the chains are in flight, and with IN_ORDER their order is known. */
+void device_note_order(struct vq_device *vq, const struct vq_chain *chains, size_t count);
+
+/* With IN_ORDER: `done` are given back, as far as heads are in flight; how many of them were. */
+size_t device_hold(struct vq_device *vq, const struct vq_used *done, size_t count);
+
+/* With IN_ORDER: the next used entry, for the oldest chains that are given back and need none of their own and the one
+ * behind them; how many chains it stands for, 0 when the oldest is not back yet; *entries of the ring were theirs. */
+uint32_t device_release(struct vq_device *vq, struct vq_used *entry, uint32_t *entries);
 
 #endif

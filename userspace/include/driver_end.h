@@ -3,7 +3,8 @@
  * driver_end: what the driver's end does alike on split and packed rings, inline for the sake of both loops.
  *
  * Rule: private to the ring core. The device may write all of the area, descriptors included, so free list and chain
- * lengths are kept in slots of our own: by head descriptor, or by buffer id on a packed ring.
+ * lengths are kept in memory of our own: by head descriptor, or by buffer id on a packed ring. Loops hold what they move
+ * in locals: every atomic access would make the compiler store it and load it again.
  */
 #ifndef VDPA_BRIDGE_DRIVER_END_H
 #define VDPA_BRIDGE_DRIVER_END_H
@@ -16,52 +17,45 @@
 
 /* The packed format of the calls in virtqueue.h; start follows the common part of init. */
 void packed_driver_start(struct vq_driver *vq);
-int packed_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable,
-		      uint64_t token);
+int packed_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t count, uint64_t token);
+size_t packed_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error);
 int packed_driver_publish(struct vq_driver *vq);
 size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit);
 int packed_driver_enable_call(struct vq_driver *vq);
 void packed_driver_disable_call(struct vq_driver *vq);
 
-static inline void driver_fault(struct vq_driver *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
+COLD static void driver_fault(struct vq_driver *vq, enum vq_fault_code code, uint32_t where, uint64_t value)
 {
 	vq->fault = (struct vq_fault){ .code = code, .where = where, .value = value };
 }
 
-static inline bool driver_sound(struct vq_driver *vq)
+COLD static bool driver_look_for_poison(struct vq_driver *vq)
 {
-	uint64_t now = guard_events();
-
-	if (now != vq->guard_seen) {
-		vq->guard_seen = now;
-		if (guard_poisoned_range(vq->config.area, vq->layout.size))
-			driver_fault(vq, VQ_POISONED, 0, 0);
-	}
+	vq->guard_seen = guard_events();
+	if (guard_poisoned_range(vq->config.area, vq->layout.size))
+		driver_fault(vq, VQ_POISONED, 0, 0);
 	return vq->fault.code == VQ_OK;
 }
 
-/* Whether a chain may be added at all; its ring entries, and its writable bytes. 0, -EPROTO, -EINVAL or -ENOSPC. */
-static inline int driver_admit(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t count,
-			       uint16_t *needed, uint64_t *writable)
+static inline bool driver_sound(struct vq_driver *vq)
+{
+	return LIKELY(guard_events() == vq->guard_seen) ? vq->fault.code == VQ_OK : driver_look_for_poison(vq);
+}
+
+/* Why a request cannot be added: -EINVAL, for good, or -ENOSPC. */
+COLD static int driver_refuse(const struct vq_driver *vq, const struct vq_buffer *buffers, size_t count)
 {
 	bool indirect = count > 1 && count <= vq->config.table_entries;
-	uint64_t bytes = 0, total = 0;
+	uint64_t total = 0;
 
-	if (vq->fault.code != VQ_OK)
-		return -EPROTO;
 	if (count == 0 || (!indirect && count > vq->config.num))
 		return -EINVAL;
 	for (size_t i = 0; i < count; i++) {
 		if (buffers[i].length == 0)
 			return -EINVAL;
 		total += buffers[i].length;
-		bytes += i < readable ? 0 : buffers[i].length;
 	}
-	if (total > UINT64_C(1) << 32) /* virtio 1.2, 2.7.5.2 */
-		return -EINVAL;
-	*needed = indirect ? 1 : (uint16_t)count;
-	*writable = bytes;
-	return *needed > vq->free ? -ENOSPC : 0;
+	return total > UINT64_C(1) << 32 ? -EINVAL : -ENOSPC; /* virtio 1.2, 2.7.5.2 */
 }
 
 /* Where the indirect table of a slot lies in the area. */
@@ -70,53 +64,113 @@ static inline uint64_t driver_table(const struct vq_driver *vq, uint16_t head)
 	return vq->layout.tables + (uint64_t)VRING_DESC_SIZE * head * vq->config.table_entries;
 }
 
-/* Fills the slot of a chain that was just written. */
-static inline void driver_post(struct vq_driver *vq, uint16_t head, uint16_t needed, uint64_t writable, uint64_t token)
+static inline struct vq_driver_slot driver_slot(uint64_t token, uint64_t writable, uint32_t count, uint16_t position)
 {
+	return (struct vq_driver_slot){ .token = token,
+					.writable = writable > UINT32_MAX ? UINT32_MAX : (uint32_t)writable,
+					.count = (uint16_t)count,
+					.position = position };
+}
+
+/* A used entry's length is more than there is to write. What it counts for, or false with a fault. `reserved`: it may have
+ * no meaning, see packed_driver.c. */
+COLD static bool driver_judge_length(struct vq_driver *vq, uint32_t id, uint32_t *written, bool reserved)
+{
+	if (!vq->config.overstated && !reserved) {
+		driver_fault(vq, VQ_USED_LENGTH, id, *written);
+		return false;
+	}
+	*written = vq->config.overstated ? vq->slots[id].writable : 0;
+	return true;
+}
+
+COLD static bool driver_refuse_used(struct vq_driver *vq, uint32_t where, uint32_t id)
+{
+	driver_fault(vq, id >= vq->config.num ? VQ_USED_ID : VQ_USED_NOT_POSTED, where, id);
+	return false;
+}
+
+/* The free id `behind` the next one. */
+struct driver_ids {
+	uint16_t *ids;
+	uint32_t mask, next, step;
+};
+
+static inline struct driver_ids driver_ids(const struct vq_driver *vq)
+{
+	return (struct driver_ids){ vq->ids, vq->ids_mask, vq->ids_next, vq->ids_step };
+}
+
+INLINED uint16_t driver_id(const struct driver_ids *ids, uint32_t behind)
+{
+	return ids->ids[(ids->next + behind * ids->step) & ids->mask];
+}
+
+/* What used entries are checked against, for loops. */
+struct driver_posted {
+	struct vq_driver_slot *slots;
+	uint32_t num;
+	uint16_t published;
+};
+
+static inline struct driver_posted driver_posted(const struct vq_driver *vq)
+{
+	return (struct driver_posted){ vq->slots, vq->config.num, vq->published };
+}
+
+/* A used entry's chain is in flight, and *written is at most what could be written; else false and a fault. */
+INLINED bool driver_check_used(struct vq_driver *vq, struct driver_posted posted, uint32_t where, uint32_t id,
+			       uint32_t *written, bool reserved)
+{
+	const struct vq_driver_slot *slot = &posted.slots[id];
+
+	if (UNLIKELY(id >= posted.num || slot->count == 0 ||
+		     (uint16_t)(posted.published - slot->position - 1) >= VRING_MAX_NUM))
+		return driver_refuse_used(vq, where, id);
+	return LIKELY(*written <= slot->writable) || driver_judge_length(vq, id, written, reserved);
+}
+
+/*
+ * With IN_ORDER: takes a used entry for all chains from the oldest to the one it names, of which there must be no more
+ * than `most`. False with a fault when it names none. virtio 1.2, 2.7.9 and 2.8.8
+ */
+static inline bool driver_take_batch(struct vq_driver *vq, uint32_t where, uint32_t id, uint32_t written, bool reserved,
+				     uint32_t most)
+{
+	uint32_t chains;
+
+	if (!driver_check_used(vq, driver_posted(vq), where, id, &written, reserved))
+		return false;
+	chains = (uint16_t)(vq->slots[id].position - vq->slots[vq->oldest].position) + 1u;
+	if (chains > most) {
+		driver_fault(vq, VQ_USED_ORDER, where, id);
+		return false;
+	}
+	vq->batch_left = (uint16_t)chains;
+	vq->batch_written = written;
+	return true;
+}
+
+/*
+ * The oldest chain of the batch in hand comes back: a device has used all of those that it skipped. How many ring entries
+ * it had. Ids were taken one after the other, and go back so.
+ */
+static inline uint16_t driver_reap_oldest(struct vq_driver *vq, struct vq_done *done)
+{
+	uint16_t head = vq->oldest;
 	struct vq_driver_slot *slot = &vq->slots[head];
+	uint16_t count = slot->count, ids = vq->config.packed ? 1 : count;
 
-	slot->token = token;
-	slot->writable = writable;
-	slot->count = needed;
-	slot->position = vq->added;
-	vq->free -= needed;
-	vq->added++;
-	vq->in_flight++;
-}
-
-/* The slot that a used entry completes, or NULL with a fault; *written is at most what could be written. */
-static inline struct vq_driver_slot *driver_check_used(struct vq_driver *vq, uint32_t where, uint32_t id,
-						       uint32_t *written)
-{
-	struct vq_driver_slot *slot;
-
-	if (id >= vq->config.num) {
-		driver_fault(vq, VQ_USED_ID, where, id);
-		return NULL;
+	*done = (struct vq_done){ slot->token, vq->batch_left == 1 ? vq->batch_written : slot->writable, head };
+	for (; ids; ids--) {
+		vq->ids[vq->ids_end++ & vq->ids_mask] = vq->oldest;
+		vq->oldest = (uint16_t)(vq->oldest + 1u == vq->config.num ? 0 : vq->oldest + 1u);
 	}
-	slot = &vq->slots[id];
-	if (slot->count == 0 || (uint16_t)(vq->published - slot->position - 1) >= VRING_MAX_NUM) {
-		driver_fault(vq, VQ_USED_NOT_POSTED, where, id);
-		return NULL;
-	}
-	if (*written > slot->writable) {
-		if (!vq->config.overstated) {
-			driver_fault(vq, VQ_USED_LENGTH, id, *written);
-			return NULL;
-		}
-		*written = (uint32_t)slot->writable;
-	}
-	return slot;
-}
-
-/* Gives a completed chain's slot back; `last` is the end of its part of the free list. */
-static inline void driver_release(struct vq_driver *vq, struct vq_driver_slot *slot, uint16_t head, uint16_t last)
-{
-	vq->slots[last].next = vq->free_head;
-	vq->free_head = head;
-	vq->free += slot->count;
-	slot->count = 0;
+	vq->batch_left--;
+	vq->free += count;
 	vq->in_flight--;
+	slot->count = 0;
+	return count;
 }
 
 #endif

@@ -10,6 +10,7 @@
 #ifndef VDPA_BRIDGE_GUARD_H
 #define VDPA_BRIDGE_GUARD_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -26,6 +27,11 @@ int guard_poisoned(const void *address);
 bool guard_poisoned_range(const void *address, uint64_t size);
 
 /* Counts poisonings in this process; a cheap way to know that nothing happened since the last look. */
-uint64_t guard_events(void);
+static inline uint64_t guard_events(void)
+{
+	extern _Atomic uint64_t guard_poisonings;
+
+	return atomic_load_explicit(&guard_poisonings, memory_order_relaxed);
+}
 
 #endif

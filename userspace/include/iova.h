@@ -58,15 +58,46 @@ void iova_map_clear(struct iova_map *map);
 int iova_translate_slow(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length, uint32_t perm,
 			struct iova_pieces *out);
 
+/* The region hit last, as a loop holds it in registers. */
+struct iova_view {
+	uint64_t last;
+	uint64_t span; /* bytes before it */
+	uintptr_t delta; /* from an address to a pointer */
+	uint32_t perm; /* 0: of no region */
+};
+
+static inline struct iova_view iova_view(const struct iova_map *map, size_t hint)
+{
+	const struct iova_region *region;
+
+	if (hint >= map->count)
+		return (struct iova_view){ .perm = 0 };
+	region = &map->regions[hint];
+	return (struct iova_view){ region->last, region->last - region->iova, (uintptr_t)region->host - region->iova,
+				   region->perm };
+}
+
+/* Whether all of a range lies in the view; not so for an empty one, whose length - 1 is out of every bound. */
+static inline bool iova_covers(const struct iova_view *view, uint64_t iova, uint64_t length)
+{
+	uint64_t behind = view->last - iova; /* beyond every span when iova is not in it */
+
+	return behind <= view->span && length - 1 <= behind;
+}
+
+static inline void *iova_in_view(const struct iova_view *view, uint64_t iova)
+{
+	return (void *)(uintptr_t)(iova + view->delta);
+}
+
 static inline int iova_translate(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length,
 				 uint32_t perm, struct iova_pieces *out)
 {
-	const struct iova_region *region = map->regions + *hint;
+	const struct iova_view view = iova_view(map, *hint);
 
-	/* The common case: all of it in the region hit last. length - 1 of an empty range is out of every bound. */
-	if (*hint < map->count && iova >= region->iova && iova <= region->last && length - 1 <= region->last - iova &&
-	    (region->perm & perm) == perm && out->used < out->capacity) {
-		out->iov[out->used].iov_base = region->host + (iova - region->iova);
+	if (out->used < out->capacity && iova_covers(&view, iova, length) &&
+	    (view.perm & perm) == perm) { /* the common case */
+		out->iov[out->used].iov_base = iova_in_view(&view, iova);
 		out->iov[out->used].iov_len = (size_t)length;
 		out->iova[out->used] = iova;
 		out->used++;

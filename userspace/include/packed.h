@@ -23,9 +23,20 @@ enum { PACKED_EVENT_SIZE = 4, PACKED_EVENT_ALIGN = 4 }; /* virtio 1.2, 2.8.10.1 
 
 struct packed_desc {
 	_Atomic uint64_t address;
-	_Atomic uint32_t length;
-	_Atomic uint16_t id;
-	_Atomic uint16_t flags;
+	union {
+		struct {
+			_Atomic uint32_t length;
+			_Atomic uint16_t id;
+			_Atomic uint16_t flags;
+		};
+		_Atomic uint64_t second; /* all three, where their order does not matter */
+	};
+};
+
+struct packed_second {
+	uint32_t length;
+	uint16_t id;
+	uint16_t flags;
 };
 
 _Static_assert(sizeof(struct packed_desc) == VRING_DESC_SIZE, "virtio 1.2, 2.8.13");
@@ -67,9 +78,68 @@ static inline uint16_t cursor_retreat(uint16_t cursor, uint32_t count, uint32_t 
 	return (uint16_t)((~cursor & CURSOR_WRAP) | (position + num - count));
 }
 
+/* By one. */
+static inline uint16_t cursor_next(uint16_t cursor, uint32_t num)
+{
+	return __builtin_expect(cursor_position(cursor) + 1u < num, 1) ? (uint16_t)(cursor + 1) :
+									 (uint16_t)(~cursor & CURSOR_WRAP);
+}
+
+/*
+ * By as many as the last time, most often: *usual. Where a chain ends is read from memory, and the next one
+ * begins there; a guess that the processor checks in the background lets it look at both at once.
+ */
+static inline uint16_t cursor_skip(uint16_t cursor, uint32_t count, uint32_t *usual, uint32_t num)
+{
+	uint32_t guess = *usual, compared = *usual;
+
+	/* Else the compiler knows that count is the same, and waits for it. */
+	__asm__ volatile("" : "+r"(guess));
+	__asm__ volatile("" : "+r"(compared));
+	if (__builtin_expect(count == compared, 1))
+		return cursor_advance(cursor, guess, num);
+	*usual = count;
+	return cursor_advance(cursor, count, num);
+}
+
 static inline struct packed_desc *packed_at(const struct packed_ring *ring, uint16_t cursor)
 {
 	return &ring->desc[cursor_position(cursor)];
+}
+
+static inline struct packed_second second_value(uint64_t second)
+{
+	second = le64toh(second);
+	return (struct packed_second){ (uint32_t)second, (uint16_t)(second >> 32), (uint16_t)(second >> 48) };
+}
+
+static inline struct packed_second second_load(struct packed_desc *desc)
+{
+	return second_value(atomic_load_explicit(&desc->second, memory_order_relaxed));
+}
+
+static inline uint64_t address_load(struct packed_desc *desc)
+{
+	return le64toh(atomic_load_explicit(&desc->address, memory_order_relaxed));
+}
+
+static inline void address_store(struct packed_desc *desc, uint64_t address)
+{
+	atomic_store_explicit(&desc->address, htole64(address), memory_order_relaxed);
+}
+
+static inline void second_store(struct packed_desc *desc, struct packed_second value)
+{
+	uint64_t second = value.length | (uint64_t)value.id << 32 | (uint64_t)value.flags << 48;
+
+	atomic_store_explicit(&desc->second, htole64(second), memory_order_relaxed);
+}
+
+/* The same without the flags, for a descriptor that is not to be seen yet. */
+static inline void second_store_unmarked(struct packed_desc *desc, uint32_t length, uint16_t id)
+{
+	atomic_store_explicit(&desc->length, htole32(length), memory_order_relaxed);
+	atomic_store_explicit(&desc->id, htole16(id), memory_order_relaxed);
 }
 
 /* What marks a descriptor as available, and as used, on a cursor's lap. */

@@ -47,6 +47,7 @@ enum vq_fault_code {
 	VQ_USED_ID,
 	VQ_USED_NOT_POSTED,
 	VQ_USED_LENGTH,
+	VQ_USED_ORDER,
 	/* seen by both */
 	VQ_POISONED,
 };
@@ -106,6 +107,14 @@ struct vq_device_config {
 	bool indirect;
 	bool packed;
 	bool wait; /* for mappings that are not there: see vq_device_misses */
+	bool in_order; /* VIRTIO_F_IN_ORDER: chains go back in the order they came, whatever order they are pushed in */
+};
+
+/* What IN_ORDER remembers, by head. */
+struct vq_held {
+	uint32_t written;
+	bool done; /* pushed; goes back as soon as those before it do */
+	bool silent; /* nothing writable in it: needs no used entry of its own */
 };
 
 struct vq_device {
@@ -129,6 +138,9 @@ struct vq_device {
 	uint32_t taken; /* descriptors of the chains in flight; packed only */
 	uint16_t *busy; /* by head: ring entries of the chain popped and not pushed, or 0 */
 	uint64_t *table; /* copy of the indirect table being walked */
+	uint16_t *order; /* with in_order: heads in flight, a ring of `num` of which the first `in_flight` from `oldest` on are meant */
+	struct vq_held *held; /* with in_order, by head */
+	uint16_t oldest;
 	struct vq_fault fault;
 	struct vq_fault missed; /* what the misses would be in a queue that does not wait */
 	struct vq_miss misses[VQ_MISSES];
@@ -204,8 +216,7 @@ struct vq_done {
 
 struct vq_driver_slot {
 	uint64_t token;
-	uint64_t writable;
-	uint16_t next; /* next free descriptor (packed: id), or the chain's next: never read from the ring */
+	uint32_t writable; /* bytes; 2^32 - 1 for all of 2^32, as no used length says more */
 	uint16_t count; /* descriptors of the chain that starts here (packed: has this id); 0: none does */
 	uint16_t position; /* what `added` was when it was added */
 };
@@ -219,6 +230,7 @@ struct vq_driver_config {
 	bool event_idx;
 	bool packed;
 	bool overstated; /* the device may count more bytes written than there is room for: taken for all of them */
+	bool in_order; /* VIRTIO_F_IN_ORDER: one used entry may stand for all chains up to the one it names */
 };
 
 struct vq_driver {
@@ -236,11 +248,21 @@ struct vq_driver {
 	uint16_t batch; /* descriptors added and not published */
 	uint16_t withheld_flags; /* of the batch's first descriptor */
 	struct packed_desc *withheld; /* that descriptor */
-	uint16_t free_head;
-	uint32_t free;
+	/* Free descriptors (packed: ids): a stack, or with in_order a queue, whose places are a power of 2. */
+	uint16_t *ids;
+	uint32_t ids_mask;
+	uint32_t ids_next; /* where the next one is */
+	uint32_t ids_step; /* from there to the one behind it: -1 or 1 */
+	uint32_t ids_end; /* of the queue */
+	uint32_t free; /* descriptors */
 	uint32_t in_flight;
 	struct vq_driver_slot *slots;
+	uint16_t *next; /* split: of a descriptor in flight, the chain's next */
 	struct vq_fault fault;
+	/* with in_order: */
+	uint16_t oldest; /* head of the chain that comes back next */
+	uint16_t batch_left; /* chains that the last used entry still stands for */
+	uint32_t batch_written; /* of the last of them */
 };
 
 /* Clears the area. 0, -EINVAL (num, base or alignment), -ENOMEM. */
@@ -250,6 +272,16 @@ void vq_driver_destroy(struct vq_driver *vq);
 /* Readable buffers first. The head, or -ENOSPC (try again after a reap), -EINVAL (can never fit, an empty buffer). */
 int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable,
 		  uint64_t token);
+
+/* A chain to add. */
+struct vq_request {
+	const struct vq_buffer *buffers; /* readable first */
+	uint32_t readable, writable; /* how many of each */
+	uint64_t token;
+};
+
+/* Adds requests up to the first that cannot be; how many. *error is 0, or what vq_driver_add says to that one. */
+size_t vq_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error);
 
 /* Makes all added chains visible at once. 1: a kick is due; 0: not; -EPROTO: broken. */
 int vq_driver_publish(struct vq_driver *vq);

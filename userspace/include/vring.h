@@ -14,6 +14,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* What hardly ever happens, and code that is only for that. */
+#define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+#define LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define INLINED __attribute__((always_inline)) static inline
+#define COLD __attribute__((cold, noinline))
+
 enum {
 	VRING_MAX_NUM = 32768,
 	VRING_DESC_SIZE = 16,
@@ -65,6 +71,17 @@ static inline struct vring_desc_value desc_value(uint64_t first, uint64_t second
 					  .length = (uint32_t)second,
 					  .flags = (uint16_t)(second >> 32),
 					  .next = (uint16_t)(second >> 48) };
+}
+
+/* The words of a descriptor one by one, for who needs little of the second. */
+static inline uint64_t desc_first(const struct vring *ring, uint32_t index)
+{
+	return le64toh(atomic_load_explicit(&ring->desc[2 * (size_t)index], memory_order_relaxed));
+}
+
+static inline uint64_t desc_second(const struct vring *ring, uint32_t index)
+{
+	return le64toh(atomic_load_explicit(&ring->desc[2 * (size_t)index + 1], memory_order_relaxed));
 }
 
 static inline struct vring_desc_value vring_desc_load(const struct vring *ring, uint32_t index)

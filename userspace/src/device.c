@@ -1,206 +1,196 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * The device's end: setting up, and the split format; packed_device.c has the other. Partners of the barriers here are
- * in driver.c (or in the peer's driver): [A] avail->idx, [B] asking for kicks, [C] used->idx, [D] asking for calls.
+ * The device's end of a split virtqueue, and the way to the packed one; device_setup.c is what comes before both. Partners
+ * of the barriers here are in driver.c (or in the peer's driver): [A] avail->idx, [B] asking for kicks, [C] used->idx, [D]
+ * asking for calls.
  */
-#include <stdlib.h>
-
 #include "device_end.h"
 
-static uint64_t avail_align(const struct vq_device_config *c)
-{
-	return c->packed ? PACKED_EVENT_ALIGN : VRING_AVAIL_ALIGN;
-}
-
-static uint64_t used_align(const struct vq_device_config *c)
-{
-	return c->packed ? PACKED_EVENT_ALIGN : VRING_USED_ALIGN;
-}
-
-bool device_miss(struct vq_device *vq, enum vq_fault_code code, uint32_t where, uint64_t iova, uint64_t length,
-		 uint32_t perm)
-{
-	uint64_t at[VQ_MISSES];
-	size_t room = VQ_MISSES - vq->missing, count;
-
-	if (!vq->config.wait)
-		return device_fault(vq, code, where, iova);
-	if (room == 0)
-		return true;
-	count = iova_missing(vq->config.map, iova, length, perm, at, room);
-	if (count == 0) /* it wraps, or is mapped in too many pieces */
-		return device_fault(vq, code, where, iova);
-	for (size_t i = 0; i < count; i++)
-		vq->misses[vq->missing++] = (struct vq_miss){ .iova = at[i], .perm = perm };
-	vq->missed = (struct vq_fault){ .code = code, .where = where, .value = iova };
-	return true;
-}
-
-bool device_look_up(struct vq_device *vq)
-{
-	const struct vq_device_config *c = &vq->config;
-	const struct {
-		uint64_t iova, size, align;
-		uint32_t perm;
-	} areas[] = {
-		{ c->desc, (uint64_t)VRING_DESC_SIZE * c->num, 8, c->packed ? IOVA_RW : IOVA_RO },
-		{ c->avail, c->packed ? PACKED_EVENT_SIZE : vring_avail_size(c->num, c->event_idx), avail_align(c), IOVA_RO },
-		{ c->used, c->packed ? PACKED_EVENT_SIZE : vring_used_size(c->num, c->event_idx), used_align(c), IOVA_WO },
-	};
-	void *at[3];
-	bool lost = false;
-
-	for (size_t i = 0; i < 3; i++) {
-		at[i] = iova_contiguous(c->map, &vq->hint, areas[i].iova, areas[i].size, areas[i].perm);
-		if ((uintptr_t)at[i] % areas[i].align)
-			return device_fault(vq, VQ_RING_UNMAPPED, 0, areas[i].iova);
-		if (at[i])
-			continue;
-		if (!lost)
-			vq->missing = 0; /* what the next chain misses comes after the ring */
-		lost = true;
-		if (!device_miss(vq, VQ_RING_UNMAPPED, 0, areas[i].iova, areas[i].size, areas[i].perm))
-			return false;
-	}
-	vq->generation = lost ? 0 : c->map->generation; /* a map's is never 0 */
-	if (lost)
-		return false;
-	if (c->packed)
-		vq->packed = (struct packed_ring){ .desc = at[0], .driver_event = at[1], .device_event = at[2], .num = c->num };
-	else
-		vq->ring = (struct vring){ .desc = at[0], .avail = at[1], .used = at[2], .num = c->num };
-	if (!vq->found && !c->packed)
-		vq->used_idx = ring16_load(used_idx(&vq->ring), memory_order_relaxed);
-	vq->found = true;
-	return true;
-}
-
-bool vq_num_valid(uint32_t num, bool packed)
-{
-	return packed ? packed_num_valid(num) : vring_num_valid(num);
-}
-
-bool vq_base_valid(uint32_t num, uint32_t base, bool packed)
-{
-	if (!packed)
-		return base <= UINT16_MAX;
-	return cursor_position((uint16_t)base) < num && cursor_position((uint16_t)(base >> 16)) < num;
-}
-
-int vq_device_init(struct vq_device *vq, const struct vq_device_config *config)
-{
-	uint32_t entries = config->num > VQ_INDIRECT_MAX ? config->num : VQ_INDIRECT_MAX;
-
-	memset(vq, 0, sizeof(*vq));
-	if (!vq_num_valid(config->num, config->packed) || !vq_base_valid(config->num, config->base, config->packed) ||
-	    config->desc % VRING_DESC_ALIGN || config->avail % avail_align(config) || config->used % used_align(config))
-		return -EINVAL;
-	vq->config = *config;
-	if (config->packed)
-		vq->used_idx = (uint16_t)(config->base >> 16);
-	if (!device_look_up(vq) && vq->fault.code != VQ_OK)
-		return -EFAULT;
-	vq->busy = calloc(config->num, sizeof(*vq->busy));
-	vq->table = malloc((size_t)entries * VRING_DESC_SIZE);
-	if (!vq->busy || !vq->table) {
-		vq_device_destroy(vq);
-		return -ENOMEM;
-	}
-	vq->next_avail = vq->looked = vq->avail_seen = (uint16_t)config->base;
-	vq->call_always = true;
-	(void)vq_device_enable_kick(vq);
-	return 0;
-}
-
-void vq_device_destroy(struct vq_device *vq)
-{
-	free(vq->busy);
-	free(vq->table);
-	vq->busy = NULL;
-	vq->table = NULL;
-}
-
-uint32_t vq_device_base(const struct vq_device *vq)
-{
-	return vq->config.packed ? (uint32_t)vq->used_idx << 16 | vq->next_avail : vq->next_avail;
-}
-
 /* Chains that wait, after reading avail->idx once; 0 with a fault when the index is impossible. */
-static uint16_t waiting(struct vq_device *vq)
+static inline uint16_t waiting(struct vq_device *vq)
 {
 	uint16_t count;
 
 	/* pair [A]: acquire, sees the ring entries and descriptors stored before the driver's idx. virtio 1.2, 2.7.13.3 */
 	vq->avail_seen = ring16_load(avail_idx(&vq->ring), memory_order_acquire);
 	count = (uint16_t)(vq->avail_seen - vq->next_avail);
-	if (count > vq->ring.num) {
+	if (UNLIKELY(count > vq->ring.num)) {
 		device_fault(vq, VQ_AVAIL_JUMP, vq->next_avail, vq->avail_seen);
 		return 0;
 	}
 	return count;
 }
 
-bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, uint32_t length)
+/* Fields of a descriptor's second word. */
+INLINED uint32_t length_of(uint64_t second)
 {
-	uint32_t most = vq->config.num > VQ_INDIRECT_MAX ? vq->config.num : VQ_INDIRECT_MAX;
-	struct iovec iov;
-	uint64_t at;
-	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
-
-	if (length == 0 || length % VRING_DESC_SIZE || length / VRING_DESC_SIZE > most)
-		return device_fault(vq, VQ_INDIRECT_SIZE, head, length);
-	if (iova_translate(vq->config.map, &vq->table_hint, address, length, IOVA_RO, &one) == 0)
-		memcpy(vq->table, iov.iov_base, length);
-	else if (iova_read(vq->config.map, address, vq->table, length)) {
-		(void)device_miss(vq, VQ_INDIRECT_UNMAPPED, head, address, length, IOVA_RO);
-		return false;
-	}
-	return true;
+	return (uint32_t)second;
 }
 
-/* Reads every descriptor of a chain once. False: a fault is set, or *full, or its table is missing. */
-static bool walk(struct vq_device *vq, struct vq_chain *chain, struct iova_pieces *pieces, bool *full)
+INLINED uint32_t flags_of(uint64_t second)
 {
-	uint32_t limit = vq->ring.num, index = chain->head;
+	return (uint32_t)(second >> 32) & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT);
+}
+
+INLINED uint32_t next_of(uint64_t second)
+{
+	return (uint32_t)(second >> 48);
+}
+
+/*
+ * The usual chain: see struct device_walk, which then stands behind it. Readable buffers first, then writable ones, each
+ * kind in a loop of its own. A chain that loops ends for want of room, if not before.
+ */
+INLINED bool walk_quickly(const struct vring *ring, struct device_walk *walk, struct vq_chain *chain)
+{
+	uint64_t address = desc_first(ring, chain->head), second = desc_second(ring, chain->head);
+	uint64_t readable = 0, writable = 0;
+	size_t first = walk->at, at = first, behind = first;
+	uint32_t flags = flags_of(second);
+	struct vring from = *ring; /* or the table */
+
+	if (flags == 0 && (walk->view.perm & IOVA_RO)) { /* one buffer */
+		device_single(chain, first / PIECE, length_of(second), 0);
+		return device_append_quickly(walk, &walk->at, address, length_of(second));
+	}
+	if (flags == DESC_WRITE && (walk->view.perm & IOVA_WO)) {
+		device_single(chain, first / PIECE, 0, length_of(second));
+		return device_append_quickly(walk, &walk->at, address, length_of(second));
+	}
+	if (flags == DESC_INDIRECT) {
+		from.desc = device_table(walk, address, length_of(second));
+		from.num = length_of(second) / VRING_DESC_SIZE;
+		if (UNLIKELY(!from.desc))
+			return false;
+		address = desc_first(&from, 0);
+		second = desc_second(&from, 0);
+		flags = flags_of(second);
+	}
+	while (!(flags & (DESC_WRITE | DESC_INDIRECT))) {
+		if (!device_append_quickly(walk, &at, address, length_of(second)))
+			return false;
+		readable += length_of(second);
+		behind = at;
+		if (!(flags & DESC_NEXT))
+			goto end;
+		if (UNLIKELY(next_of(second) >= from.num))
+			return false;
+		address = desc_first(&from, next_of(second));
+		second = desc_second(&from, next_of(second));
+		flags = flags_of(second);
+	}
+	for (;;) {
+		if (UNLIKELY((flags & (DESC_WRITE | DESC_INDIRECT)) != DESC_WRITE) ||
+		    !device_append_quickly(walk, &at, address, length_of(second)))
+			return false;
+		writable += length_of(second);
+		if (!(flags & DESC_NEXT))
+			break;
+		if (UNLIKELY(next_of(second) >= from.num))
+			return false;
+		address = desc_first(&from, next_of(second));
+		second = desc_second(&from, next_of(second));
+		flags = flags_of(second);
+	}
+end:
+	return LIKELY(at - first <= PIECE * (size_t)from.num) &&
+	       device_end_chain(walk, chain, at, behind, readable, writable);
+}
+
+/* A chain's table is opened, and its descriptors follow; false with a fault or misses. */
+static bool enter(struct vq_device *vq, uint16_t head, struct vring_desc_value desc, bool inside)
+{
+	if (inside) /* virtio 1.2, 2.7.5.3.1 */
+		return device_fault(vq, VQ_INDIRECT_NESTED, head, 0);
+	if (!vq->config.indirect)
+		return device_fault(vq, VQ_INDIRECT_REFUSED, head, 0);
+	if (desc.flags & DESC_NEXT) /* virtio 1.2, 2.7.5.3.1 */
+		return device_fault(vq, VQ_INDIRECT_NEXT, head, 0);
+	return device_open_table(vq, head, desc.address, desc.length);
+}
+
+/* Any chain; every descriptor is read once. 0, -ENOSPC, or -EPROTO: a fault is set, or its table is missing. */
+static int walk(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chain *chain, uint16_t head)
+{
+	struct device_sum sum = { .behind = pieces->used };
+	uint32_t limit = vq->ring.num, index = head;
+	size_t first = pieces->used;
 	bool inside = false;
 
 	for (uint32_t step = 0;; step++) {
 		struct vring_desc_value desc;
+		int error;
 
 		if (step == limit)
-			return device_fault(vq, VQ_CHAIN_LONG, chain->head, limit);
+			return device_broken(vq, VQ_CHAIN_LONG, head, limit);
 		desc = inside ? desc_value(vq->table[2 * index], vq->table[2 * index + 1]) :
 				vring_desc_load(&vq->ring, index);
 		if (desc.flags & DESC_INDIRECT) {
-			if (inside) /* virtio 1.2, 2.7.5.3.1 */
-				return device_fault(vq, VQ_INDIRECT_NESTED, chain->head, 0);
-			if (!vq->config.indirect)
-				return device_fault(vq, VQ_INDIRECT_REFUSED, chain->head, 0);
-			if (desc.flags & DESC_NEXT) /* virtio 1.2, 2.7.5.3.1 */
-				return device_fault(vq, VQ_INDIRECT_NEXT, chain->head, 0);
-			if (!device_open_table(vq, chain->head, desc.address, desc.length))
-				return false;
+			if (!enter(vq, head, desc, inside))
+				return -EPROTO;
 			inside = true;
 			limit = desc.length / VRING_DESC_SIZE;
 			index = 0;
 			step = UINT32_MAX; /* the table counts from 0 again */
 			continue;
 		}
-		if (!device_append(vq, chain, desc.address, desc.length, desc.flags & DESC_WRITE, step, pieces, full))
-			return false;
+		error = device_add_buffer(vq, pieces, &sum, head, desc.address, desc.length, desc.flags & DESC_WRITE, step);
+		if (error)
+			return error;
 		if (!(desc.flags & DESC_NEXT))
-			return true;
+			break;
 		if (desc.next >= limit)
-			return device_fault(vq, VQ_NEXT_RANGE, index, desc.next);
+			return device_broken(vq, VQ_NEXT_RANGE, index, desc.next);
 		index = desc.next;
 	}
+	*chain = device_chain(&sum, first, pieces->used, head);
+	return device_sum_allowed(&sum) ? 0 : device_broken(vq, VQ_CHAIN_BYTES, head, sum.readable + sum.writable);
+}
+
+/* The same, out of the loop that pops; false when the chain is not taken. */
+COLD static bool walk_thoroughly(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chain *chain)
+{
+	uint16_t head = chain->head;
+	size_t first = pieces->used;
+	int error = walk(vq, pieces, chain, head);
+
+	if (!error && !vq->missing)
+		return true;
+	pieces->used = first;
+	if (error == -ENOSPC && first == 0)
+		device_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
+	return false;
+}
+
+/* A head that is not in the ring, or is in flight. */
+COLD static void refuse(struct vq_device *vq, uint16_t next, uint16_t head)
+{
+	device_fault(vq, head < vq->config.num ? VQ_HEAD_BUSY : VQ_HEAD_RANGE, next, head);
+}
+
+/* Notes the next `count` heads in `chains`, up to one that is not in the ring or in flight; how many. */
+INLINED size_t take_heads(const struct vq_device *vq, const struct vring *ring, struct vq_chain *chains, size_t count)
+{
+	uint16_t *busy = vq->busy;
+	uint32_t next = vq->next_avail;
+
+	for (size_t i = 0; i < count; i++, next++) {
+		uint16_t head = ring16_load(avail_slot(ring, (uint16_t)next), memory_order_relaxed);
+
+		chains[i].head = head;
+		if (UNLIKELY(head >= ring->num || busy[head]))
+			return i;
+		busy[head] = 1;
+	}
+	return count;
 }
 
 size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces)
 {
-	size_t count = 0;
-	uint32_t ready;
-	uint16_t next = vq->next_avail;
+	struct device_walk walk;
+	struct vring ring;
+	size_t count, heads;
+	uint16_t ready;
 
 	if (vq->config.packed)
 		return packed_device_pop(vq, chains, limit, pieces);
@@ -210,32 +200,25 @@ size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit
 	ready = (uint16_t)(vq->avail_seen - vq->next_avail);
 	if (ready < limit)
 		ready = waiting(vq);
-	while (count < limit && count < ready) {
-		uint16_t head = ring16_load(avail_slot(&vq->ring, next), memory_order_relaxed);
-		struct vq_chain *chain = &chains[count]; /* built in place: a copy would wait for its own stores */
-		bool full = false;
-
-		if (head >= vq->ring.num) {
-			device_fault(vq, VQ_HEAD_RANGE, next, head);
+	ring = vq->ring;
+	limit = limit < ready ? limit : ready;
+	heads = take_heads(vq, &ring, chains, limit);
+	walk = device_walk_start(vq, pieces);
+	for (count = 0; count < heads; count++) {
+		if (LIKELY(walk_quickly(&ring, &walk, &chains[count])))
+			continue;
+		pieces->used = walk.at / PIECE;
+		if (!walk_thoroughly(vq, pieces, &chains[count]))
 			break;
-		}
-		if (vq->busy[head]) {
-			device_fault(vq, VQ_HEAD_BUSY, next, head);
-			break;
-		}
-		*chain = (struct vq_chain){ .first = pieces->used, .head = head };
-		if (!walk(vq, chain, pieces, &full) || vq->missing) {
-			pieces->used = chain->first;
-			if (full && chain->first == 0)
-				device_fault(vq, VQ_CHAIN_PIECES, head, pieces->capacity);
-			break;
-		}
-		vq->busy[head] = 1;
-		next++;
-		count++;
+		walk = device_walk_start(vq, pieces);
 	}
-	vq->next_avail = vq->looked = next;
-	vq->in_flight += (uint32_t)count;
+	for (size_t i = count; i < heads; i++) /* all were taken, and not all could be had */
+		vq->busy[chains[i].head] = 0;
+	if (UNLIKELY(count == heads && heads < limit))
+		refuse(vq, (uint16_t)(vq->next_avail + count), chains[count].head);
+	pieces->used = walk.at / PIECE;
+	vq->next_avail = vq->looked = (uint16_t)(vq->next_avail + count);
+	device_note_order(vq, chains, count);
 	if (!device_sound(vq))
 		return 0;
 	return count;
@@ -254,57 +237,67 @@ static bool call_due(struct vq_device *vq, uint16_t before)
 	return passes_event(ring16_load(used_event(&vq->ring), memory_order_relaxed), vq->used_idx, before) || always;
 }
 
+/* Writes the used entry at `index`. */
+INLINED void use(const struct vring *ring, uint16_t index, struct vq_used done)
+{
+	_Atomic uint32_t *slot = used_slot(ring, index);
+
+	atomic_store_explicit(&slot[0], htole32(done.head), memory_order_relaxed);
+	atomic_store_explicit(&slot[1], htole32(done.written), memory_order_relaxed);
+}
+
+/* How many of `done` are given back; they are not seen yet. */
+static size_t use_all(struct vq_device *vq, const struct vq_used *done, size_t count)
+{
+	const struct vring ring = vq->ring;
+	uint16_t *busy = vq->busy, used = vq->used_idx;
+	size_t i;
+
+	for (i = 0; i < count; i++) {
+		if (UNLIKELY(done[i].head >= ring.num || !busy[done[i].head]))
+			break;
+		busy[done[i].head] = 0;
+		use(&ring, used++, done[i]);
+	}
+	vq->used_idx = used;
+	vq->in_flight -= (uint32_t)i;
+	return i;
+}
+
+/* The same with IN_ORDER: what is seen is all that is complete from the oldest on. */
+static size_t use_in_order(struct vq_device *vq, const struct vq_used *done, size_t count)
+{
+	size_t held = device_hold(vq, done, count);
+	struct vq_used entry;
+	uint32_t chains, entries;
+
+	while ((chains = device_release(vq, &entry, &entries))) {
+		use(&vq->ring, vq->used_idx, entry);
+		vq->used_idx = (uint16_t)(vq->used_idx + chains);
+	}
+	return held;
+}
+
 int vq_device_push(struct vq_device *vq, const struct vq_used *done, size_t count)
 {
 	uint16_t before = vq->used_idx;
-	size_t i;
+	size_t given;
 	bool due = false;
 
 	if (vq->config.packed)
 		return packed_device_push(vq, done, count);
 	if (!device_usable(vq))
 		return device_unusable(vq, count ? -EAGAIN : 0);
-	for (i = 0; i < count; i++) {
-		uint16_t head = done[i].head;
-		_Atomic uint32_t *slot = used_slot(&vq->ring, (uint16_t)(before + i));
-
-		if (head >= vq->ring.num || !vq->busy[head])
-			break;
-		vq->busy[head] = 0;
-		atomic_store_explicit(&slot[0], htole32(head), memory_order_relaxed);
-		atomic_store_explicit(&slot[1], htole32(done[i].written), memory_order_relaxed);
-	}
-	if (i) {
-		vq->used_idx = (uint16_t)(before + i);
-		vq->in_flight -= (uint32_t)i;
+	before = vq->used_idx; /* known for sure only now */
+	given = vq->config.in_order ? use_in_order(vq, done, count) : use_all(vq, done, count);
+	if (vq->used_idx != before) {
 		/* pair [C]: release, entries and the data written before are visible with the index. virtio 1.2, 2.7.8.2 */
 		ring16_store(used_idx(&vq->ring), vq->used_idx, memory_order_release);
 		due = call_due(vq, before);
 	}
 	if (!device_sound(vq))
 		return -EPROTO;
-	return i < count ? -EINVAL : due;
-}
-
-int vq_device_put_back(struct vq_device *vq, const uint16_t *heads, size_t count)
-{
-	uint32_t entries = 0;
-	size_t i;
-
-	for (i = 0; i < count && heads[i] < vq->config.num && vq->busy[heads[i]]; i++)
-		entries += vq->busy[heads[i]];
-	if (i < count || count > vq->in_flight)
-		return -EINVAL;
-	for (i = 0; i < count; i++)
-		vq->busy[heads[i]] = 0;
-	vq->in_flight -= (uint32_t)count;
-	if (vq->config.packed) {
-		vq->next_avail = cursor_retreat(vq->next_avail, entries, vq->config.num);
-		vq->taken -= entries;
-	} else {
-		vq->next_avail = (uint16_t)(vq->next_avail - count);
-	}
-	return 0;
+	return given < count ? -EINVAL : due;
 }
 
 int vq_device_enable_kick(struct vq_device *vq)
@@ -337,24 +330,4 @@ void vq_device_disable_kick(struct vq_device *vq)
 	else
 		ring16_store(used_flags(&vq->ring), RING_NO_NOTIFY, memory_order_relaxed);
 	(void)device_sound(vq);
-}
-
-size_t vq_device_misses(struct vq_device *vq)
-{
-	uint32_t left = 0;
-	uint64_t at;
-
-	for (uint32_t i = 0; i < vq->missing; i++)
-		if (iova_missing(vq->config.map, vq->misses[i].iova, 1, vq->misses[i].perm, &at, 1))
-			vq->misses[left++] = vq->misses[i];
-	vq->missing = left;
-	return vq->fault.code == VQ_OK ? left : 0;
-}
-
-void vq_device_refuse(struct vq_device *vq, uint64_t iova)
-{
-	if (vq->missing && vq->fault.code == VQ_OK) {
-		vq->fault = vq->missed;
-		vq->fault.value = iova;
-	}
 }

@@ -42,6 +42,8 @@ static void split_start(struct vq_driver *vq)
 
 int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 {
+	uint32_t places = 1;
+
 	memset(vq, 0, sizeof(*vq));
 	if (!vq_num_valid(config->num, config->packed) || !vq_base_valid(config->num, config->base, config->packed) ||
 	    (config->packed && config->base >> 16 != (uint16_t)config->base) ||
@@ -50,11 +52,23 @@ int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 		return -EINVAL;
 	vq->config = *config;
 	vq->layout = vq_layout(config->num, config->table_entries, config->packed);
+	while (places < config->num)
+		places *= 2;
 	vq->slots = calloc(config->num, sizeof(*vq->slots));
-	if (!vq->slots)
+	vq->next = calloc(config->num, sizeof(*vq->next));
+	vq->ids = calloc(places, sizeof(*vq->ids));
+	if (!vq->slots || !vq->next || !vq->ids) {
+		vq_driver_destroy(vq);
 		return -ENOMEM;
+	}
+	/* Taken from 0 on. Used in order, chains keep up the ring's order, as they must: virtio 1.2, 2.7.9. Otherwise what is
+	 * likely to be in the caches comes first. */
 	for (uint32_t i = 0; i < config->num; i++)
-		vq->slots[i].next = (uint16_t)(i + 1);
+		vq->ids[i] = (uint16_t)(config->in_order ? i : config->num - 1 - i);
+	vq->ids_mask = places - 1;
+	vq->ids_next = config->in_order ? 0 : config->num - 1;
+	vq->ids_step = config->in_order ? 1 : UINT32_MAX;
+	vq->ids_end = config->num;
 	vq->free = config->num;
 	memset(config->area, 0, vq->layout.size);
 	if (config->packed)
@@ -68,57 +82,168 @@ int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 void vq_driver_destroy(struct vq_driver *vq)
 {
 	free(vq->slots);
+	free(vq->next);
+	free(vq->ids);
 	vq->slots = NULL;
+	vq->next = NULL;
+	vq->ids = NULL;
 }
 
-static struct vring_desc_value describe(const struct vq_buffer *buffer, bool write, bool last, uint16_t next)
-{
-	return (struct vring_desc_value){ .address = buffer->iova,
-					  .length = buffer->length,
-					  .flags = (uint16_t)((write ? DESC_WRITE : 0) | (last ? 0 : DESC_NEXT)),
-					  .next = last ? 0 : next };
-}
+/* What adding moves, and what it needs for that. */
+struct place {
+	struct driver_ids ids;
+	uint16_t *next;
+	struct vq_driver_slot *slots;
+	uint32_t free;
+	uint16_t added;
+};
 
-/* Fills the table that belongs to a head; that head's descriptor then stands for the whole chain. */
-static void add_table(struct vq_driver *vq, uint16_t head, const struct vq_buffer *buffers, size_t readable, size_t count)
+/* Fills the table of a head, whose descriptor then stands for the whole chain; its writable bytes, or a negative errno. */
+static int64_t add_table(const struct vq_driver *vq, uint16_t head, const struct vq_buffer *buffers, size_t readable,
+			 size_t count)
 {
-	uint64_t offset = driver_table(vq, head);
+	uint64_t offset = driver_table(vq, head), total = 0, before = 0;
 	_Atomic uint64_t *table = (void *)((uint8_t *)vq->config.area + offset);
+	uint32_t last = (uint32_t)count - 1;
 
-	for (size_t i = 0; i < count; i++)
-		desc_store(&table[2 * i], describe(&buffers[i], i >= readable, i + 1 == count, (uint16_t)(i + 1)));
-	desc_store(&vq->ring.desc[2 * head],
-		   (struct vring_desc_value){ .address = vq->config.iova + offset,
-					      .length = (uint32_t)(VRING_DESC_SIZE * count),
-					      .flags = DESC_INDIRECT });
+	for (uint32_t i = 0; i <= last; i++) {
+		uint32_t flags = (i < readable ? 0u : DESC_WRITE) | (i < last ? DESC_NEXT : 0u);
+
+		if (UNLIKELY(buffers[i].length == 0))
+			return -EINVAL;
+		total += buffers[i].length;
+		before = i < readable ? total : before;
+		desc_store(&table[2 * i], (struct vring_desc_value){ buffers[i].iova, buffers[i].length, (uint16_t)flags,
+								     (uint16_t)(i + 1) });
+	}
+	desc_store(&vq->ring.desc[2 * head], (struct vring_desc_value){ .address = vq->config.iova + offset,
+									.length = (uint32_t)(VRING_DESC_SIZE * count),
+									.flags = DESC_INDIRECT });
+	return LIKELY(total <= UINT64_C(1) << 32) ? (int64_t)(total - before) : -EINVAL; /* virtio 1.2, 2.7.5.2 */
+}
+
+/* The chain that starts at `head` is in the ring. */
+INLINED void post(const struct vring *ring, struct place *at, uint32_t head, uint64_t token, uint64_t writable,
+		  uint32_t needed)
+{
+	ring16_store(avail_slot(ring, at->added), (uint16_t)head, memory_order_relaxed);
+	at->slots[head] = driver_slot(token, writable, needed, at->added);
+	at->free -= needed;
+	at->ids.next += needed * at->ids.step;
+	at->added++;
+}
+
+/*
+ * Writes buffers into the free descriptors from the one `behind` on, each pointing to the next one; the last one's flags
+ * are `last`. False for an empty buffer.
+ */
+INLINED bool describe(const struct vring *ring, const struct place *at, uint32_t behind, const struct vq_buffer *buffers,
+		      uint32_t count, uint32_t flags, uint32_t last, uint64_t *bytes)
+{
+	uint32_t index = driver_id(&at->ids, behind);
+
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t next = driver_id(&at->ids, behind + i + 1);
+
+		if (UNLIKELY(buffers[i].length == 0))
+			return false;
+		*bytes += buffers[i].length;
+		desc_store(&ring->desc[2 * (size_t)index],
+			   (struct vring_desc_value){ buffers[i].iova, buffers[i].length,
+						      (uint16_t)(i + 1 < count ? flags : last), (uint16_t)next });
+		at->next[index] = (uint16_t)next;
+		index = next;
+	}
+	return true;
+}
+
+/*
+ * The head, or a negative errno. Descriptors are written while they are checked: the device sees none before they are
+ * published. Where the last one points has no meaning.
+ */
+INLINED int add(struct vq_driver *vq, const struct vring *ring, struct place *at, const struct vq_buffer *buffers,
+		size_t readable, size_t count, uint64_t token)
+{
+	uint32_t head = driver_id(&at->ids, 0);
+
+	if (UNLIKELY(count == 0 || at->free == 0))
+		return driver_refuse(vq, buffers, count);
+	if (count == 1) {
+		uint32_t length = buffers[0].length;
+
+		if (UNLIKELY(length == 0))
+			return -EINVAL;
+		desc_store(&ring->desc[2 * (size_t)head],
+			   (struct vring_desc_value){ buffers[0].iova, length, readable ? 0 : DESC_WRITE, 0 });
+		post(ring, at, head, token, readable ? 0 : length, 1);
+	} else if (count <= vq->config.table_entries) {
+		int64_t writable = add_table(vq, (uint16_t)head, buffers, readable, count);
+
+		if (UNLIKELY(writable < 0))
+			return (int)writable;
+		post(ring, at, head, token, (uint64_t)writable, 1);
+	} else {
+		uint64_t before = 0, behind = 0; /* bytes of the readable and of the writable buffers */
+		uint32_t ins = (uint32_t)readable, outs = (uint32_t)(count - readable);
+
+		if (UNLIKELY(count > at->free || !describe(ring, at, 0, buffers, ins, DESC_NEXT, outs ? DESC_NEXT : 0, &before) ||
+			     !describe(ring, at, ins, buffers + ins, outs, DESC_NEXT | DESC_WRITE, DESC_WRITE, &behind) ||
+			     before + behind > UINT64_C(1) << 32)) /* virtio 1.2, 2.7.5.2 */
+			return driver_refuse(vq, buffers, count);
+		post(ring, at, head, token, behind, (uint32_t)count);
+	}
+	return (int)head;
+}
+
+static inline struct place place_of(const struct vq_driver *vq)
+{
+	return (struct place){ driver_ids(vq), vq->next, vq->slots, vq->free, vq->added };
+}
+
+static inline void move_to(struct vq_driver *vq, struct place at)
+{
+	vq->in_flight += (uint16_t)(at.added - vq->added);
+	vq->ids_next = at.ids.next;
+	vq->free = at.free;
+	vq->added = at.added;
+}
+
+size_t vq_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error)
+{
+	const struct vring ring = vq->ring;
+	struct place at = place_of(vq);
+	size_t i;
+
+	*error = vq->fault.code == VQ_OK ? 0 : -EPROTO;
+	if (*error)
+		return 0;
+	if (vq->config.packed)
+		return packed_driver_add_many(vq, requests, count, error);
+	for (i = 0; i < count; i++) {
+		const struct vq_request *r = &requests[i];
+		int head = add(vq, &ring, &at, r->buffers, r->readable, (size_t)r->readable + r->writable, r->token);
+
+		if (UNLIKELY(head < 0)) {
+			*error = head;
+			break;
+		}
+	}
+	move_to(vq, at);
+	return i;
 }
 
 int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
 {
-	size_t count = readable + writable;
-	uint16_t needed, head = vq->free_head, last = head;
-	uint64_t bytes;
-	int error;
+	const struct vring ring = vq->ring;
+	struct place at = place_of(vq);
+	int head;
 
+	if (vq->fault.code != VQ_OK)
+		return -EPROTO;
 	if (vq->config.packed)
-		return packed_driver_add(vq, buffers, readable, writable, token);
-	error = driver_admit(vq, buffers, readable, count, &needed, &bytes);
-	if (error)
-		return error;
-	if (needed < count) {
-		add_table(vq, head, buffers, readable, count);
-	} else {
-		for (size_t i = 0; i < count; i++) {
-			uint16_t index = i ? vq->slots[last].next : head;
-
-			last = index;
-			desc_store(&vq->ring.desc[2 * index],
-				   describe(&buffers[i], i >= readable, i + 1 == count, vq->slots[index].next));
-		}
-	}
-	vq->free_head = vq->slots[last].next;
-	ring16_store(avail_slot(&vq->ring, vq->added), head, memory_order_relaxed);
-	driver_post(vq, head, needed, bytes, token);
+		return packed_driver_add(vq, buffers, readable, readable + writable, token);
+	head = add(vq, &ring, &at, buffers, readable, readable + writable, token);
+	move_to(vq, at);
 	return head;
 }
 
@@ -148,44 +273,78 @@ int vq_driver_publish(struct vq_driver *vq)
 }
 
 /* Completions that wait; 0 with a fault when the index is impossible. */
-static uint16_t waiting(struct vq_driver *vq)
+static inline uint16_t waiting(struct vq_driver *vq)
 {
 	/* pair [C]: acquire, sees the entries and data stored before the device's idx. virtio 1.2, 2.7.14 */
 	uint16_t now = ring16_load(used_idx(&vq->ring), memory_order_acquire);
 	uint16_t count = (uint16_t)(now - vq->last_used);
 
-	if (count > (uint16_t)(vq->published - vq->last_used)) {
+	if (UNLIKELY(count > (uint16_t)(vq->published - vq->last_used))) {
 		driver_fault(vq, VQ_USED_JUMP, vq->last_used, now);
 		return 0;
 	}
 	return count;
 }
 
+INLINED uint32_t load_used(_Atomic uint32_t *entry, uint32_t *written)
+{
+	*written = le32toh(atomic_load_explicit(&entry[1], memory_order_relaxed));
+	return le32toh(atomic_load_explicit(&entry[0], memory_order_relaxed));
+}
+
+static size_t reap_in_order(struct vq_driver *vq, struct vq_done *done, size_t limit)
+{
+	uint16_t ready = waiting(vq);
+	size_t count = 0;
+
+	while (count < limit && count < ready) {
+		uint32_t written, id = load_used(used_slot(&vq->ring, vq->last_used), &written);
+
+		if (!vq->batch_left && !driver_take_batch(vq, vq->last_used, id, written, false, ready - (uint32_t)count))
+			break;
+		driver_reap_oldest(vq, &done[count++]);
+		vq->last_used++;
+	}
+	return count;
+}
+
 size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 {
+	const struct driver_posted posted = driver_posted(vq);
+	const struct vring ring = vq->ring;
+	uint16_t ready, at = vq->last_used, *ids = vq->ids;
+	uint32_t free = vq->ids_next; /* ids on the stack, less one */
 	size_t count = 0;
-	uint16_t ready;
 
 	if (vq->config.packed)
 		return packed_driver_reap(vq, done, limit);
 	if (vq->fault.code != VQ_OK)
 		return 0;
-	ready = waiting(vq);
-	while (count < limit && count < ready) {
-		_Atomic uint32_t *entry = used_slot(&vq->ring, vq->last_used);
-		uint32_t id = le32toh(atomic_load_explicit(&entry[0], memory_order_relaxed));
-		uint32_t written = le32toh(atomic_load_explicit(&entry[1], memory_order_relaxed));
-		struct vq_driver_slot *slot = driver_check_used(vq, vq->last_used, id, &written);
-		uint16_t last = (uint16_t)id;
-
-		if (!slot)
-			break;
-		for (uint16_t i = 1; i < slot->count; i++)
-			last = vq->slots[last].next;
-		driver_release(vq, slot, (uint16_t)id, last);
-		done[count++] = (struct vq_done){ .token = slot->token, .written = written, .head = (uint16_t)id };
-		vq->last_used++;
+	if (vq->config.in_order) {
+		count = reap_in_order(vq, done, limit);
+		(void)driver_sound(vq);
+		return count;
 	}
+	ready = waiting(vq);
+	for (; count < limit && count < ready; count++) {
+		uint32_t written, id = load_used(used_slot(&ring, at), &written);
+		struct vq_driver_slot *slot;
+
+		if (!driver_check_used(vq, posted, at, id, &written, false))
+			break;
+		slot = &posted.slots[id];
+		done[count] = (struct vq_done){ .token = slot->token, .written = written, .head = (uint16_t)id };
+		free += slot->count;
+		ids[free] = (uint16_t)id;
+		for (uint32_t i = 1; UNLIKELY(i < slot->count); i++)
+			ids[free - i] = (uint16_t)(id = vq->next[id]);
+		slot->count = 0;
+		at++;
+	}
+	vq->last_used = at;
+	vq->ids_next = free;
+	vq->free = free + 1;
+	vq->in_flight -= (uint32_t)count;
 	(void)driver_sound(vq);
 	return count;
 }

@@ -73,6 +73,9 @@ int vq_fault_describe(const struct vq_fault *fault, char *text, size_t size)
 	case VQ_USED_LENGTH:
 		return snprintf(text, size, "chain %u: device claims %" PRIu64
 				" bytes written, more than are writable", where, value);
+	case VQ_USED_ORDER:
+		return snprintf(text, size, "used entry %u carries id %" PRIu64 ", whose chain is further on than the used index",
+				where, value);
 	case VQ_POISONED:
 		return snprintf(text, size, "shared memory was truncated by its owner");
 	}

@@ -38,7 +38,7 @@ struct chunk {
 };
 
 static struct chunk first;
-static _Atomic uint64_t events;
+_Atomic uint64_t guard_poisonings; /* see guard_events */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* serialises guard_add and guard_remove */
 static struct sigaction previous;
 static _Atomic long passing_on; /* thread that is inside the previous handler */
@@ -80,7 +80,7 @@ static bool poison(uintptr_t address)
 			atomic_store_explicit(&slot->state, state, memory_order_release);
 			return false;
 		}
-		atomic_fetch_add(&events, 1);
+		atomic_fetch_add(&guard_poisonings, 1);
 		/* pair [G3]: release, lets guard_remove go on after the mapping is replaced. */
 		atomic_store_explicit(&slot->state, POISONED, memory_order_release);
 		return true;
@@ -233,9 +233,4 @@ bool guard_poisoned_range(const void *address, uint64_t size)
 			return true;
 	}
 	return false;
-}
-
-uint64_t guard_events(void)
-{
-	return atomic_load_explicit(&events, memory_order_relaxed);
 }

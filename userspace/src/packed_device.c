@@ -6,106 +6,220 @@
  */
 #include "device_end.h"
 
-static bool available(const struct vq_device *vq, uint16_t cursor, uint16_t *flags)
+INLINED bool available(const struct packed_ring *ring, uint16_t cursor)
 {
 	/* pair [E]: acquire, sees what the driver stored before these flags. virtio 1.2, 2.8.21.1 */
-	*flags = ring16_load(&packed_at(&vq->packed, cursor)->flags, memory_order_acquire);
-	return marked(*flags, available_mark(cursor));
+	return marked(ring16_load(&packed_at(ring, cursor)->flags, memory_order_acquire), available_mark(cursor));
 }
 
 /* The buffers of an indirect table: all of them are in it, flags but WRITE mean nothing. virtio 1.2, 2.8.7 */
-static bool walk_table(struct vq_device *vq, struct vq_chain *chain, uint64_t address, uint32_t length,
-		       struct iova_pieces *pieces, bool *full)
+static int walk_table(struct vq_device *vq, struct iova_pieces *pieces, struct device_sum *sum, uint16_t position,
+		      uint64_t address, uint32_t length)
 {
-	if (!device_open_table(vq, chain->head, address, length))
-		return false;
-	for (uint32_t i = 0; i < length / VRING_DESC_SIZE; i++) {
-		uint64_t second = le64toh(vq->table[2 * i + 1]); /* length, id, flags */
+	int error = 0;
 
-		if (!device_append(vq, chain, le64toh(vq->table[2 * i]), (uint32_t)second,
-				   second >> 48 & DESC_WRITE, i, pieces, full))
+	if (!device_open_table(vq, position, address, length))
+		return -EPROTO;
+	for (uint32_t i = 0; i < length / VRING_DESC_SIZE && !error; i++) {
+		struct packed_second second = second_value(vq->table[2 * i + 1]);
+
+		error = device_add_buffer(vq, pieces, sum, position, le64toh(vq->table[2 * i]), second.length,
+					  second.flags & DESC_WRITE, i);
+	}
+	return error;
+}
+
+/* An id that is not in the ring or in flight, or more descriptors than the ring has. */
+COLD static void refuse(struct vq_device *vq, uint16_t position, uint16_t id, uint32_t taken)
+{
+	if (id >= vq->config.num)
+		device_fault(vq, VQ_ID_RANGE, position, id);
+	else if (vq->busy[id])
+		device_fault(vq, VQ_ID_BUSY, position, id);
+	else
+		device_fault(vq, VQ_RING_OVERRUN, position, taken);
+}
+
+/* The usual table: all of its descriptors are buffers, flags but WRITE mean nothing. virtio 1.2, 2.8.7 */
+static bool walk_table_quickly(struct device_walk *walk, struct vq_chain *chain, uint64_t address, uint32_t length)
+{
+	struct packed_desc *desc = device_table(walk, address, length), *end;
+	size_t at = walk->at, behind = at;
+	uint64_t readable = 0, writable = 0;
+
+	if (!desc)
+		return false;
+	for (end = desc + length / VRING_DESC_SIZE; desc < end; desc++) {
+		struct packed_second second = second_load(desc);
+
+		if (!device_append_quickly(walk, &at, address_load(desc), second.length))
+			return false;
+		if (second.flags & DESC_WRITE) {
+			writable += second.length;
+		} else {
+			if (UNLIKELY(writable))
+				return false;
+			readable += second.length;
+			behind = at;
+		}
+	}
+	return device_end_chain(walk, chain, at, behind, readable, writable);
+}
+
+/*
+ * The usual chain: see struct device_walk, which then stands behind it; `descriptors` it has. Readable buffers first, then
+ * writable ones, each kind in a loop of its own. A chain that goes round the ring's end is not usual.
+ */
+INLINED bool walk_quickly(const struct packed_ring *ring, struct device_walk *walk, struct vq_chain *chain, uint16_t cursor,
+			  uint32_t *descriptors)
+{
+	struct packed_desc *desc = packed_at(ring, cursor), *end = ring->desc + ring->num;
+	struct packed_second second = second_load(desc);
+	size_t first = walk->at, at = first, behind = first;
+	uint32_t flags = second.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT), mark = available_mark(cursor);
+	uint64_t readable = 0, writable = 0;
+
+	chain->head = second.id;
+	*descriptors = 1;
+	if (flags == 0 && (walk->view.perm & IOVA_RO)) { /* one buffer */
+		device_single(chain, first / PIECE, second.length, 0);
+		return device_append_quickly(walk, &walk->at, address_load(desc), second.length);
+	}
+	if (flags == DESC_WRITE && (walk->view.perm & IOVA_WO)) {
+		device_single(chain, first / PIECE, 0, second.length);
+		return device_append_quickly(walk, &walk->at, address_load(desc), second.length);
+	}
+	if (flags == DESC_INDIRECT)
+		return walk_table_quickly(walk, chain, address_load(desc), second.length);
+	while (!(second.flags & (DESC_WRITE | DESC_INDIRECT))) {
+		if (!device_append_quickly(walk, &at, address_load(desc), second.length))
+			return false;
+		readable += second.length;
+		behind = at;
+		if (!(second.flags & DESC_NEXT))
+			goto end;
+		if (UNLIKELY(++desc == end))
+			return false;
+		second = second_load(desc);
+		if (UNLIKELY(!marked(second.flags, (uint16_t)mark)))
 			return false;
 	}
+	for (;;) {
+		if (UNLIKELY((second.flags & (DESC_WRITE | DESC_INDIRECT)) != DESC_WRITE) ||
+		    !device_append_quickly(walk, &at, address_load(desc), second.length))
+			return false;
+		writable += second.length;
+		if (!(second.flags & DESC_NEXT))
+			break;
+		if (UNLIKELY(++desc == end))
+			return false;
+		second = second_load(desc);
+		if (UNLIKELY(!marked(second.flags, (uint16_t)mark)))
+			return false;
+	}
+end:
+	if (!device_end_chain(walk, chain, at, behind, readable, writable))
+		return false;
+	*descriptors = (uint32_t)((at - first) / PIECE);
+	chain->head = second.id;
 	return true;
 }
 
 /*
- * Reads every descriptor of the chain at a cursor once; `flags` are the first one's, read already. The descriptors it
- * has, or 0: a fault is set, or *full, or its table is missing. The id is the last one's.
+ * Any chain; every descriptor is read once. The descriptors it has, -ENOSPC, or -EPROTO: a fault is set, or its table is
+ * missing. The head is the id, which is the last one's.
  */
-static uint32_t walk(struct vq_device *vq, struct vq_chain *chain, uint16_t cursor, uint16_t flags,
-		     struct iova_pieces *pieces, bool *full, uint16_t *id)
+static int walk(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chain *chain, uint16_t cursor)
 {
-	for (uint32_t step = 0;; step++) {
-		struct packed_desc *desc = packed_at(&vq->packed, cursor);
-		uint64_t address = le64toh(atomic_load_explicit(&desc->address, memory_order_relaxed));
-		uint32_t length = le32toh(atomic_load_explicit(&desc->length, memory_order_relaxed));
+	struct device_sum sum = { .behind = pieces->used };
+	uint16_t position = cursor_position(cursor);
+	struct packed_second second;
+	size_t first = pieces->used;
+	uint32_t step;
 
-		if (flags & DESC_INDIRECT) {
-			if (!vq->config.indirect)
-				return device_fault(vq, VQ_INDIRECT_REFUSED, chain->head, 0);
-			if (step || (flags & DESC_NEXT)) /* virtio 1.2, 2.8.19 */
-				return device_fault(vq, VQ_INDIRECT_NEXT, chain->head, 0);
-			if (!walk_table(vq, chain, address, length, pieces, full))
-				return 0;
-		} else if (!device_append(vq, chain, address, length, flags & DESC_WRITE, step, pieces, full)) {
-			return 0;
-		}
-		if (!(flags & DESC_NEXT)) {
-			*id = ring16_load(&desc->id, memory_order_relaxed);
-			return step + 1;
-		}
+	for (step = 0;; step++) {
+		struct packed_desc *desc = packed_at(&vq->packed, cursor);
+		int error;
+
+		second = second_load(desc);
+		if (step && !marked(second.flags, available_mark(cursor))) /* virtio 1.2, 2.8.6 and 2.8.17 */
+			return device_broken(vq, VQ_CHAIN_PARTIAL, position, cursor_position(cursor));
+		if (!(second.flags & DESC_INDIRECT))
+			error = device_add_buffer(vq, pieces, &sum, position, address_load(desc), second.length,
+						  second.flags & DESC_WRITE, step);
+		else if (!vq->config.indirect)
+			return device_broken(vq, VQ_INDIRECT_REFUSED, position, 0);
+		else if (step || (second.flags & DESC_NEXT)) /* virtio 1.2, 2.8.19 */
+			return device_broken(vq, VQ_INDIRECT_NEXT, position, 0);
+		else
+			error = walk_table(vq, pieces, &sum, position, address_load(desc), second.length);
+		if (error)
+			return error;
+		if (!(second.flags & DESC_NEXT))
+			break;
 		if (step + 1 == vq->packed.num)
-			return device_fault(vq, VQ_CHAIN_LONG, chain->head, vq->packed.num);
+			return device_broken(vq, VQ_CHAIN_LONG, position, vq->packed.num);
 		cursor = cursor_advance(cursor, 1, vq->packed.num);
-		flags = ring16_load(&packed_at(&vq->packed, cursor)->flags, memory_order_relaxed);
-		if (!marked(flags, available_mark(cursor))) /* virtio 1.2, 2.8.6 and 2.8.17 */
-			return device_fault(vq, VQ_CHAIN_PARTIAL, chain->head, cursor_position(cursor));
 	}
+	*chain = device_chain(&sum, first, pieces->used, second.id);
+	if (!device_sum_allowed(&sum))
+		return device_broken(vq, VQ_CHAIN_BYTES, position, sum.readable + sum.writable);
+	return (int)step + 1;
 }
 
-/* What a chain's id and length must be, now that all of it is read. */
-static bool acceptable(struct vq_device *vq, uint16_t position, uint16_t id, uint32_t descriptors)
+/* The same, out of the loop that pops; 0 when the chain is not taken. */
+COLD static uint32_t walk_thoroughly(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chain *chain,
+				     uint16_t cursor)
 {
-	if (id >= vq->packed.num)
-		return device_fault(vq, VQ_ID_RANGE, position, id);
-	if (vq->busy[id])
-		return device_fault(vq, VQ_ID_BUSY, position, id);
-	if (vq->taken + descriptors > vq->packed.num)
-		return device_fault(vq, VQ_RING_OVERRUN, position, vq->taken + descriptors);
-	return true;
+	size_t first = pieces->used;
+	int descriptors = walk(vq, pieces, chain, cursor);
+
+	if (descriptors > 0 && !vq->missing)
+		return (uint32_t)descriptors;
+	pieces->used = first;
+	if (descriptors == -ENOSPC && first == 0)
+		device_fault(vq, VQ_CHAIN_PIECES, cursor_position(cursor), pieces->capacity);
+	return 0;
 }
 
 size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces)
 {
-	size_t count = 0;
-	uint16_t next = vq->next_avail, flags;
+	struct device_walk at;
+	struct packed_ring ring;
+	size_t count;
+	uint32_t taken = vq->taken;
+	uint16_t next = vq->next_avail, *busy = vq->busy;
 
 	vq->missing = 0;
 	if (!device_usable(vq))
 		return 0;
-	while (count < limit && available(vq, next, &flags)) {
+	ring = vq->packed;
+	at = device_walk_start(vq, pieces);
+	for (count = 0; count < limit && available(&ring, next); count++) {
 		struct vq_chain *chain = &chains[count];
-		uint16_t position = cursor_position(next), id = 0;
+		size_t first = at.at;
 		uint32_t descriptors;
-		bool full = false;
 
-		*chain = (struct vq_chain){ .first = pieces->used, .head = position };
-		descriptors = walk(vq, chain, next, flags, pieces, &full, &id);
-		if (!descriptors || vq->missing || !acceptable(vq, position, id, descriptors)) {
-			pieces->used = chain->first;
-			if (full && chain->first == 0)
-				device_fault(vq, VQ_CHAIN_PIECES, position, pieces->capacity);
+		if (UNLIKELY(!walk_quickly(&ring, &at, chain, next, &descriptors))) {
+			pieces->used = first / PIECE;
+			descriptors = walk_thoroughly(vq, pieces, chain, next);
+			if (!descriptors)
+				break;
+			at = device_walk_start(vq, pieces);
+		}
+		if (UNLIKELY(chain->head >= ring.num || busy[chain->head] || taken + descriptors > ring.num)) {
+			refuse(vq, cursor_position(next), chain->head, taken + descriptors);
+			at.at = first;
 			break;
 		}
-		chain->head = id;
-		vq->busy[id] = (uint16_t)descriptors;
-		vq->taken += descriptors;
-		next = cursor_advance(next, descriptors, vq->packed.num);
-		count++;
+		busy[chain->head] = (uint16_t)descriptors;
+		taken += descriptors;
+		next = cursor_advance(next, descriptors, ring.num);
 	}
+	pieces->used = at.at / PIECE;
+	vq->taken = taken;
 	vq->next_avail = vq->looked = next;
-	vq->in_flight += (uint32_t)count;
+	device_note_order(vq, chains, count);
 	if (!device_sound(vq))
 		return 0;
 	return count;
@@ -126,52 +240,89 @@ static bool call_due(struct vq_device *vq, uint32_t moved)
 	return event_asks(event, vq->used_idx, moved, vq->packed.num, vq->config.event_idx);
 }
 
+/* A used descriptor at a cursor; the flags of the batch's first one are stored when the rest is there. */
+INLINED void use(const struct packed_ring *ring, uint16_t cursor, struct vq_used done, bool first)
+{
+	struct packed_desc *desc = packed_at(ring, cursor);
+	uint16_t flags = (uint16_t)(used_mark(cursor) | (done.written ? DESC_WRITE : 0));
+
+	if (first)
+		second_store_unmarked(desc, done.written, done.head);
+	else
+		second_store(desc, (struct packed_second){ done.written, done.head, flags });
+}
+
+/* How many of `done` are given back, but for the first flags; *moved descriptors. */
+static size_t use_all(struct vq_device *vq, const struct vq_used *done, size_t count, uint32_t *moved)
+{
+	const struct packed_ring ring = vq->packed;
+	uint16_t *busy = vq->busy, cursor = vq->used_idx;
+	uint32_t behind = 0, usual = 1;
+	size_t i;
+
+	for (i = 0; i < count; i++) {
+		uint16_t id = done[i].head, descriptors;
+
+		if (UNLIKELY(id >= ring.num || !busy[id]))
+			break;
+		descriptors = busy[id];
+		busy[id] = 0;
+		use(&ring, cursor, done[i], i == 0);
+		cursor = cursor_skip(cursor, descriptors, &usual, ring.num);
+		behind += descriptors;
+	}
+	vq->used_idx = cursor;
+	vq->in_flight -= (uint32_t)i;
+	*moved = behind;
+	return i;
+}
+
+/* The same with IN_ORDER, for all that is complete from the oldest chain on; *written is the first entry's. */
+static size_t use_in_order(struct vq_device *vq, const struct vq_used *done, size_t count, uint32_t *moved,
+			   uint32_t *written)
+{
+	size_t held = device_hold(vq, done, count);
+	struct vq_used entry;
+	uint32_t entries;
+
+	*moved = 0;
+	while (device_release(vq, &entry, &entries)) {
+		*written = *moved ? *written : entry.written;
+		use(&vq->packed, vq->used_idx, entry, *moved == 0);
+		vq->used_idx = cursor_advance(vq->used_idx, entries, vq->packed.num);
+		*moved += entries;
+	}
+	return held;
+}
+
 int packed_device_push(struct vq_device *vq, const struct vq_used *done, size_t count)
 {
-	uint16_t first = vq->used_idx, cursor = first, first_flags = 0;
-	uint32_t moved = 0;
-	size_t i;
+	uint16_t first = vq->used_idx, flags;
+	uint32_t moved = 0, written = count ? done[0].written : 0;
+	size_t given;
 	bool due = false;
 
 	if (!device_usable(vq))
 		return device_unusable(vq, count ? -EAGAIN : 0);
-	for (i = 0; i < count; i++) {
-		struct packed_desc *desc = packed_at(&vq->packed, cursor);
-		uint16_t id = done[i].head, flags = used_mark(cursor);
-		uint32_t descriptors;
-
-		if (id >= vq->packed.num || !vq->busy[id])
-			break;
-		descriptors = vq->busy[id];
-		vq->busy[id] = 0;
-		if (done[i].written)
-			flags |= DESC_WRITE;
-		atomic_store_explicit(&desc->length, htole32(done[i].written), memory_order_relaxed);
-		ring16_store(&desc->id, id, memory_order_relaxed);
-		if (i)
-			ring16_store(&desc->flags, flags, memory_order_relaxed);
-		else
-			first_flags = flags;
-		cursor = cursor_advance(cursor, descriptors, vq->packed.num);
-		moved += descriptors;
-	}
-	if (i) {
-		vq->used_idx = cursor;
-		vq->in_flight -= (uint32_t)i;
+	if (vq->config.in_order)
+		given = use_in_order(vq, done, count, &moved, &written);
+	else
+		given = use_all(vq, done, count, &moved);
+	if (moved) {
 		vq->taken -= moved;
+		flags = (uint16_t)(used_mark(first) | (written ? DESC_WRITE : 0));
 		/* pair [G]: release, the first flags open the batch: all of it, and the data, is visible with them. The driver
 		 * looks at the descriptors behind the first one only after it. virtio 1.2, 2.8.2 and 2.8.9 */
-		ring16_store(&packed_at(&vq->packed, first)->flags, first_flags, memory_order_release);
+		ring16_store(&packed_at(&vq->packed, first)->flags, flags, memory_order_release);
 		due = call_due(vq, moved);
 	}
 	if (!device_sound(vq))
 		return -EPROTO;
-	return i < count ? -EINVAL : due;
+	return given < count ? -EINVAL : due;
 }
 
 int packed_device_enable_kick(struct vq_device *vq)
 {
-	uint16_t flags;
 	int more;
 
 	if (!device_usable(vq))
@@ -180,7 +331,7 @@ int packed_device_enable_kick(struct vq_device *vq)
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [F]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.21.2 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = available(vq, vq->looked, &flags) && !vq->missing;
+	more = available(&vq->packed, vq->looked) && !vq->missing;
 	return device_sound(vq) ? more : -EPROTO;
 }
 

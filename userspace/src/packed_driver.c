@@ -26,64 +26,180 @@ void packed_driver_start(struct vq_driver *vq)
 		event_store(vq->packed.driver_event, event_value(EVENT_DESC, start));
 }
 
-static void describe(struct packed_desc *at, uint64_t address, uint32_t length, uint16_t id)
-{
-	atomic_store_explicit(&at->address, htole64(address), memory_order_relaxed);
-	atomic_store_explicit(&at->length, htole32(length), memory_order_relaxed);
-	ring16_store(&at->id, id, memory_order_relaxed);
-}
+/* What adding moves. The flags of the batch's first descriptor are kept for later. */
+struct place {
+	struct driver_ids ids;
+	struct vq_driver_slot *slots;
+	struct packed_desc *withheld;
+	uint32_t free;
+	uint16_t withheld_flags, batch, next_avail, added;
+};
 
-/* The flags of the descriptor at next_avail, which then moves on; the batch's first ones are kept for later. */
-static void mark(struct vq_driver *vq, uint16_t flags)
+/* The descriptor at a cursor, of the batch in hand. */
+INLINED void describe(const struct packed_ring *ring, struct place *at, uint16_t cursor, uint64_t address, uint32_t length,
+		      uint16_t id, uint32_t flags)
 {
-	struct packed_desc *desc = packed_at(&vq->packed, vq->next_avail);
+	struct packed_desc *desc = packed_at(ring, cursor);
 
-	flags |= available_mark(vq->next_avail);
-	if (vq->batch++) {
-		ring16_store(&desc->flags, flags, memory_order_relaxed);
+	flags |= available_mark(cursor);
+	address_store(desc, address);
+	if (LIKELY(at->withheld)) {
+		second_store(desc, (struct packed_second){ length, id, (uint16_t)flags });
 	} else {
-		vq->withheld = desc;
-		vq->withheld_flags = flags;
+		second_store_unmarked(desc, length, id);
+		at->withheld = desc;
+		at->withheld_flags = (uint16_t)flags;
 	}
-	vq->next_avail = cursor_advance(vq->next_avail, 1, vq->packed.num);
 }
 
-/* One descriptor for a table that has all the buffers; NEXT has no meaning in it. virtio 1.2, 2.8.7 and 2.8.19 */
-static void add_table(struct vq_driver *vq, uint16_t id, const struct vq_buffer *buffers, size_t readable, size_t count)
+/* A chain's descriptors are written, and belong to the batch. */
+INLINED void post(const struct packed_ring *ring, struct place *at, uint16_t id, uint64_t token, uint64_t writable,
+		  uint32_t needed)
 {
-	uint64_t offset = driver_table(vq, id);
-	struct packed_desc *table = (void *)((uint8_t *)vq->config.area + offset);
+	at->slots[id] = driver_slot(token, writable, needed, at->added);
+	at->batch = (uint16_t)(at->batch + needed);
+	at->next_avail = cursor_advance(at->next_avail, needed, ring->num);
+	at->ids.next += at->ids.step;
+	at->free -= needed;
+	at->added++;
+}
+
+/* Fills the table of an id, one descriptor per buffer, in which NEXT has no meaning; its writable bytes, or a negative
+ * errno. virtio 1.2, 2.8.7 and 2.8.19 */
+static int64_t fill_table(const struct vq_driver *vq, uint16_t id, const struct vq_buffer *buffers, size_t readable,
+			  size_t count)
+{
+	struct packed_desc *table = (void *)((uint8_t *)vq->config.area + driver_table(vq, id));
+	uint64_t total = 0, before = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		describe(&table[i], buffers[i].iova, buffers[i].length, 0);
-		ring16_store(&table[i].flags, i < readable ? 0 : DESC_WRITE, memory_order_relaxed);
+		if (UNLIKELY(buffers[i].length == 0))
+			return -EINVAL;
+		total += buffers[i].length;
+		before = i < readable ? total : before;
+		address_store(&table[i], buffers[i].iova);
+		second_store(&table[i], (struct packed_second){ buffers[i].length, 0, i < readable ? 0 : DESC_WRITE });
 	}
-	describe(packed_at(&vq->packed, vq->next_avail), vq->config.iova + offset, (uint32_t)(VRING_DESC_SIZE * count), id);
-	mark(vq, DESC_INDIRECT);
+	return LIKELY(total <= UINT64_C(1) << 32) ? (int64_t)(total - before) : -EINVAL; /* virtio 1.2, 2.7.5.2 */
 }
 
-int packed_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable,
-		      uint64_t token)
+/*
+ * Writes all descriptors of a chain but the first, in the ring's order, and returns their writable bytes; or a negative
+ * errno: then they are marked as if they had not been written, as the device takes every marked one for part of the batch.
+ */
+INLINED int64_t describe_rest(const struct vq_driver *vq, const struct packed_ring *ring, uint16_t cursor, uint16_t id,
+			      const struct vq_buffer *buffers, size_t readable, uint32_t count)
 {
-	size_t count = readable + writable;
-	uint16_t needed, id = vq->free_head;
-	uint64_t bytes;
-	int error = driver_admit(vq, buffers, readable, count, &needed, &bytes);
+	uint64_t total = buffers[0].length, before = total;
+	bool empty = total == 0;
+	uint32_t i;
 
-	if (error)
-		return error;
-	if (needed < count) {
-		add_table(vq, id, buffers, readable, count);
+	for (i = 1; i < count; i++) {
+		uint32_t flags = (i < readable ? 0u : DESC_WRITE) | (i + 1 < count ? DESC_NEXT : 0u);
+		struct packed_desc *desc;
+
+		cursor = cursor_next(cursor, ring->num);
+		desc = packed_at(ring, cursor);
+		empty |= buffers[i].length == 0;
+		total += buffers[i].length;
+		before = i < readable ? total : before;
+		address_store(desc, buffers[i].iova);
+		second_store(desc, (struct packed_second){ buffers[i].length, id, (uint16_t)(flags | available_mark(cursor)) });
+	}
+	if (LIKELY(!empty && total <= UINT64_C(1) << 32)) /* virtio 1.2, 2.7.5.2 */
+		return (int64_t)(readable ? total - before : total);
+	while (--i) {
+		ring16_store(&packed_at(ring, cursor)->flags, used_mark(cursor ^ CURSOR_WRAP), memory_order_relaxed);
+		cursor = cursor_retreat(cursor, 1, ring->num);
+	}
+	return driver_refuse(vq, buffers, count);
+}
+
+/* The id, or a negative errno. */
+INLINED int add(struct vq_driver *vq, const struct packed_ring *ring, struct place *at, const struct vq_buffer *buffers,
+		size_t readable, size_t count, uint64_t token)
+{
+	uint16_t id = driver_id(&at->ids, 0), cursor = at->next_avail;
+	int64_t writable;
+
+	if (UNLIKELY(count == 0 || at->free == 0))
+		return driver_refuse(vq, buffers, count);
+	if (count == 1) {
+		uint32_t length = buffers[0].length;
+
+		if (UNLIKELY(length == 0))
+			return -EINVAL;
+		describe(ring, at, cursor, buffers[0].iova, length, id, readable ? 0 : DESC_WRITE);
+		post(ring, at, id, token, readable ? 0 : length, 1);
+	} else if (count <= vq->config.table_entries) {
+		writable = fill_table(vq, id, buffers, readable, count);
+		if (UNLIKELY(writable < 0))
+			return (int)writable;
+		describe(ring, at, cursor, vq->config.iova + driver_table(vq, id), (uint32_t)(VRING_DESC_SIZE * count), id,
+			 DESC_INDIRECT);
+		post(ring, at, id, token, (uint64_t)writable, 1);
 	} else {
-		for (size_t i = 0; i < count; i++) {
-			uint16_t flags = (uint16_t)((i < readable ? 0 : DESC_WRITE) | (i + 1 < count ? DESC_NEXT : 0));
+		if (UNLIKELY(count > at->free))
+			return driver_refuse(vq, buffers, count);
+		writable = describe_rest(vq, ring, cursor, id, buffers, readable, (uint32_t)count);
+		if (UNLIKELY(writable < 0))
+			return (int)writable;
+		describe(ring, at, cursor, buffers[0].iova, buffers[0].length, id, DESC_NEXT | (readable ? 0 : DESC_WRITE));
+		post(ring, at, id, token, (uint64_t)writable, (uint32_t)count);
+	}
+	return id;
+}
 
-			describe(packed_at(&vq->packed, vq->next_avail), buffers[i].iova, buffers[i].length, id);
-			mark(vq, flags);
+static inline struct place place_of(const struct vq_driver *vq)
+{
+	return (struct place){ .ids = driver_ids(vq),
+			       .slots = vq->slots,
+			       .withheld = vq->withheld,
+			       .free = vq->free,
+			       .withheld_flags = vq->withheld_flags,
+			       .batch = vq->batch,
+			       .next_avail = vq->next_avail,
+			       .added = vq->added };
+}
+
+static inline void move_to(struct vq_driver *vq, struct place at)
+{
+	vq->withheld = at.withheld;
+	vq->in_flight += (uint16_t)(at.added - vq->added);
+	vq->ids_next = at.ids.next;
+	vq->free = at.free;
+	vq->withheld_flags = at.withheld_flags;
+	vq->batch = at.batch;
+	vq->next_avail = at.next_avail;
+	vq->added = at.added;
+}
+
+size_t packed_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error)
+{
+	const struct packed_ring ring = vq->packed;
+	struct place at = place_of(vq);
+	size_t i;
+
+	for (i = 0; i < count; i++) {
+		const struct vq_request *r = &requests[i];
+		int id = add(vq, &ring, &at, r->buffers, r->readable, (size_t)r->readable + r->writable, r->token);
+
+		if (UNLIKELY(id < 0)) {
+			*error = id;
+			break;
 		}
 	}
-	vq->free_head = vq->slots[id].next;
-	driver_post(vq, id, needed, bytes, token);
+	move_to(vq, at);
+	return i;
+}
+
+int packed_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t count, uint64_t token)
+{
+	const struct packed_ring ring = vq->packed;
+	struct place at = place_of(vq);
+	int id = add(vq, &ring, &at, buffers, readable, count, token);
+
+	move_to(vq, at);
 	return id;
 }
 
@@ -100,6 +216,7 @@ int packed_driver_publish(struct vq_driver *vq)
 	 * 2.8.21.1 */
 	ring16_store(&vq->withheld->flags, vq->withheld_flags, memory_order_release);
 	vq->batch = 0;
+	vq->withheld = NULL;
 	vq->published = vq->added;
 	/* pair [F]: full fence, the flags are stored before the device's wish is read. virtio 1.2, 2.8.21.2 */
 	atomic_thread_fence(memory_order_seq_cst);
@@ -107,51 +224,75 @@ int packed_driver_publish(struct vq_driver *vq)
 	return driver_sound(vq) ? due : -EPROTO;
 }
 
-static bool used(const struct vq_driver *vq, uint16_t *flags)
+INLINED bool used(const struct packed_ring *ring, uint16_t cursor)
 {
 	/* pair [G]: acquire, sees what the device stored before these flags. virtio 1.2, 2.8.22 */
-	*flags = ring16_load(&packed_at(&vq->packed, vq->last_used)->flags, memory_order_acquire);
-	return marked(*flags, used_mark(vq->last_used));
+	return marked(ring16_load(&packed_at(ring, cursor)->flags, memory_order_acquire), used_mark(cursor));
 }
 
 /*
- * Bytes written, by a used descriptor's length. Without WRITE it is reserved (virtio 1.2, 2.8.4): DPDK's vhost leaves the
- * available length there, but QEMU never sets WRITE. So it counts whenever it can be true, and is checked with WRITE.
+ * Whether a used descriptor's length may have no meaning. Without WRITE it is reserved (virtio 1.2, 2.8.4): DPDK's vhost
+ * leaves the available length there, but QEMU never sets WRITE. So it counts whenever it can be true.
  */
-static uint32_t written_by(const struct vq_driver *vq, uint16_t id, uint16_t flags, uint32_t length)
+INLINED bool reserved(struct packed_second entry)
 {
-	bool impossible = id < vq->packed.num && length > vq->slots[id].writable;
+	return !(entry.flags & DESC_WRITE);
+}
 
-	return impossible && !(flags & DESC_WRITE) && !vq->config.overstated ? 0 : length;
+static size_t reap_in_order(struct vq_driver *vq, struct vq_done *done, size_t limit)
+{
+	size_t count = 0;
+
+	while (count < limit && (vq->batch_left || used(&vq->packed, vq->last_used))) {
+		struct packed_second entry = second_load(packed_at(&vq->packed, vq->last_used));
+
+		if (!vq->batch_left && !driver_take_batch(vq, cursor_position(vq->last_used), entry.id, entry.length,
+							  reserved(entry), VRING_MAX_NUM))
+			break;
+		vq->last_used = cursor_advance(vq->last_used, driver_reap_oldest(vq, &done[count++]), vq->packed.num);
+	}
+	return count;
 }
 
 size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 {
+	const struct driver_posted posted = driver_posted(vq);
+	const struct packed_ring ring = vq->packed;
+	uint16_t at = vq->last_used, *ids = vq->ids;
+	uint32_t free = vq->free, next = vq->ids_next, usual = 1;
 	size_t count = 0;
-	uint16_t flags;
 
 	if (vq->fault.code != VQ_OK)
 		return 0;
-	while (count < limit && used(vq, &flags)) {
-		struct packed_desc *entry = packed_at(&vq->packed, vq->last_used);
-		uint16_t id = ring16_load(&entry->id, memory_order_relaxed);
-		uint32_t length = le32toh(atomic_load_explicit(&entry->length, memory_order_relaxed));
-		uint32_t written = written_by(vq, id, flags, length);
-		struct vq_driver_slot *slot = driver_check_used(vq, cursor_position(vq->last_used), id, &written);
-
-		if (!slot)
-			break;
-		vq->last_used = cursor_advance(vq->last_used, slot->count, vq->packed.num);
-		driver_release(vq, slot, id, id);
-		done[count++] = (struct vq_done){ .token = slot->token, .written = written, .head = id };
+	if (vq->config.in_order) {
+		count = reap_in_order(vq, done, limit);
+		(void)driver_sound(vq);
+		return count;
 	}
+	for (; count < limit && used(&ring, at); count++) {
+		struct packed_second entry = second_load(packed_at(&ring, at));
+		uint32_t written = entry.length;
+		struct vq_driver_slot *slot;
+
+		if (!driver_check_used(vq, posted, cursor_position(at), entry.id, &written, reserved(entry)))
+			break;
+		slot = &posted.slots[entry.id];
+		at = cursor_skip(at, slot->count, &usual, ring.num);
+		done[count] = (struct vq_done){ .token = slot->token, .written = written, .head = entry.id };
+		ids[++next] = entry.id;
+		free += slot->count;
+		slot->count = 0;
+	}
+	vq->last_used = at;
+	vq->ids_next = next;
+	vq->free = free;
+	vq->in_flight -= (uint32_t)count;
 	(void)driver_sound(vq);
 	return count;
 }
 
 int packed_driver_enable_call(struct vq_driver *vq)
 {
-	uint16_t flags;
 	int more;
 
 	if (!driver_sound(vq))
@@ -160,7 +301,7 @@ int packed_driver_enable_call(struct vq_driver *vq)
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [H]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.22 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = used(vq, &flags);
+	more = vq->batch_left || used(&vq->packed, vq->last_used);
 	return driver_sound(vq) ? more : -EPROTO;
 }
 
