@@ -50,6 +50,7 @@ WORDS = {
 _PROGRAMS = {
     "QEMU": (["qemu-system-x86_64", "--version"], r"version (\S+)"),
     "QEMU, newer": ([os.environ.get("VDPA_BRIDGE_NEWER_QEMU", "qemu-system-x86_64"), "--version"], r"version (\S+)"),
+    "libblkio": ([os.path.join(os.environ.get("VDPA_BRIDGE_LIBBLKIO", ""), "version")], r"(\S+)"),
     "virtiofsd": (["/usr/lib/qemu/virtiofsd", "--version"], r"version (\S+)"),
     "vhost-user-gpu": (["qemu-system-x86_64", "--version"], r"version (\S+)"),
     "qemu-storage-daemon": (["qemu-storage-daemon", "--version"], r"version (\S+)"),
