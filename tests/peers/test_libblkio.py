@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,12 @@ REQUESTS = 96 * 4
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def client(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """How to call the program."""
     place = Path(os.environ["VDPA_BRIDGE_LIBBLKIO"])
     program = tmp_path_factory.mktemp("blkio") / "blkio"
     subprocess.run([str(place / "compile"), str(Path(__file__).parents[1] / "support" / "blkio.c"), str(program)], check=True, timeout=60)
-    yield [str(place / "run"), str(program)]
+    return [str(place / "run"), str(program)]
 
 
 def verified(client: list[str], path: Path | str, queues: int, *more: str) -> None:
