@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from vdpa_bridge import connect, ops
-from vdpa_bridge.drivers.vsock import EVENT, RX, TX, VsockDriver
+from vdpa_bridge.drivers.vsock import VsockDriver
+from vdpa_bridge.virtio.vsock import EVENT, RX, TX
 from vdpa_bridge.wire import VringState
 
 from ..support import taps

@@ -38,12 +38,22 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return count
 
 
-@pytest.fixture(scope="session")
-def packet_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A static program that sends frames on a packet socket and compares what comes back."""
-    source = Path(__file__).parents[1] / "support" / "packets.c"
-    program = tmp_path_factory.mktemp("packets") / "packets"
+def _static_program(source: str, directory: Path) -> bytes:
+    """A program of tests/support that runs in a guest, where there are no libraries."""
+    program = directory / "program"
     gcc = shutil.which("gcc")
     assert gcc is not None
-    subprocess.run([gcc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)], check=True)
+    subprocess.run([gcc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(Path(__file__).parents[1] / "support" / source)], check=True)
     return program.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def packet_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Sends frames on a packet socket and compares what comes back."""
+    return _static_program("packets.c", tmp_path_factory.mktemp("packets"))
+
+
+@pytest.fixture(scope="session")
+def vsock_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Connects stdin and stdout with an AF_VSOCK socket, or is the other end."""
+    return _static_program("vsock_cat.c", tmp_path_factory.mktemp("vsock"))

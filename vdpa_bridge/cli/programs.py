@@ -158,6 +158,21 @@ vhost-user-vdpa-scsi --fd 3 --size 1G,64M --queues 4
                 click.Option(["--queues"], metavar="N", help="Request queues.  [default: 1]"),
             ),
         ),
+        BackEnd(
+            "vsock",
+            "vsock",
+            "socket device with UNIX sockets on the host",
+            """
+vhost-user-vdpa-vsock --socket-path /run/vm3.sock --guest-cid 3 --uds-path /run/vm3.vsock
+vhost-user-vdpa-vsock --fd 3 --guest-cid 4 --uds-path /run/vm4.vsock --peers 3:/run/vm3.vsock
+""",
+            (),
+            (
+                click.Option(["--guest-cid", "cid"], metavar="CID", help="The guest's context id.  [default: 3]"),
+                click.Option(["--uds-path", "uds"], metavar="PATH", help="Where clients of the host connect; the guest's connections to port P go to PATH_P."),
+                click.Option(["--peers"], metavar="CID:PATH,...", help="Other guests that this one may connect to, by the --uds-path of their devices."),
+            ),
+        ),
     )
 }
 """By the name of the model."""
@@ -229,4 +244,4 @@ def _command(back_end: BackEnd) -> click.Command:
     return command
 
 
-blk, gpio, i2c, net, rng, scsi = (_command(PROGRAMS[kind]) for kind in ("blk", "gpio", "i2c", "net", "rng", "scsi"))
+blk, gpio, i2c, net, rng, scsi, vsock = (_command(PROGRAMS[kind]) for kind in ("blk", "gpio", "i2c", "net", "rng", "scsi", "vsock"))

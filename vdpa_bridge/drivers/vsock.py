@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
-import struct
 from collections import deque
 from typing import NamedTuple, Self, Unpack
 
@@ -19,27 +18,17 @@ from ..errors import DeviceBroken
 from ..virtio.config import parse_config
 from ..virtio.features import VsockFeature as F
 from ..virtio.ids import DeviceId
+from ..virtio.vsock import COUNTER, EVENT, HEADER, HOST, NO_RECEIVE, NO_SEND, RX, STREAM, TX, Op
 from .base import Driver, Options
 from .inbox import Inbox
 
-RX, TX, EVENT = 0, 1, 2
-HOST = 2
-"""The host's context id."""
-STREAM = 1
-REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
-"""Operations of packets (virtio 1.2, 5.10.6)."""
-NO_RECEIVE, NO_SEND = 1, 2
-"""Flags of SHUTDOWN: what its sender will not do any more."""
 WINDOW = 256 << 10
 """Bytes of a connection that wait to be received at most."""
 
-_HEADER = struct.Struct("<QQIIIHHIII")
 _CHUNK = 4096
 _DEPTH = 64
 _BACKLOG = 16
 """Connections that wait to be accepted on a port at most."""
-_COUNTER = (1 << 32) - 1
-"""Counters of bytes have 32 bits and wrap."""
 
 
 class Ends(NamedTuple):
@@ -72,23 +61,23 @@ class VsockStream:
     def handle(self, op: int, flags: int, window: int, taken: int, data: bytes) -> None:
         """A packet came."""
         self._their_window, self._their_taken = window, taken
-        if op == RESPONSE and not self.connected:
+        if op == Op.RESPONSE and not self.connected:
             self.connected = True
-        elif op == RST:
+        elif op == Op.RST:
             clean = self._ended and (self._finished or self._deaf)
             self.drop(None if clean else ConnectionResetError(errno.ECONNRESET, f"{self._driver.name}: {self.ends} was reset by the other end"))
-        elif op == SHUTDOWN:
+        elif op == Op.SHUTDOWN:
             self._ended |= bool(flags & NO_SEND)
             self._deaf |= bool(flags & NO_RECEIVE)
             if self._ended and self._deaf:
-                self._driver.answer(self.ends, RST)
+                self._driver.answer(self.ends, Op.RST)
                 self.drop(None)
-        elif op == CREDIT_REQUEST:
-            self._driver.answer(self.ends, CREDIT_UPDATE, self._counted())
-        elif op == RW and self.connected and not self._ended and len(self._data) + len(data) <= WINDOW:
+        elif op == Op.CREDIT_REQUEST:
+            self._driver.answer(self.ends, Op.CREDIT_UPDATE, self._counted())
+        elif op == Op.RW and self.connected and not self._ended and len(self._data) + len(data) <= WINDOW:
             self._data += data
-        elif op != CREDIT_UPDATE:
-            self._driver.answer(self.ends, RST)
+        elif op != Op.CREDIT_UPDATE:
+            self._driver.answer(self.ends, Op.RST)
             wrong = f"{self._driver.name}: {self.ends} was given up: operation {op} with {len(data)} bytes has no place there"
             self.drop(ConnectionAbortedError(errno.ECONNABORTED, wrong))
 
@@ -104,7 +93,7 @@ class VsockStream:
 
     def _room(self) -> int:
         """Bytes that the other end has room for (virtio 1.2, 5.10.6.3)."""
-        return max(self._their_window - (self._sent - self._their_taken & _COUNTER), 0)
+        return max(self._their_window - (self._sent - self._their_taken & COUNTER), 0)
 
     # Users -------------------------------------------------------------------------------------------------------------
 
@@ -114,13 +103,13 @@ class VsockStream:
         driver, view = self._driver, memoryview(data)
         while view:
             if not self._room() and not self._deaf:
-                driver.tell(self.ends, CREDIT_REQUEST, self._counted())
+                driver.tell(self.ends, Op.CREDIT_REQUEST, self._counted())
                 driver.wait(lambda: bool(self._room() or self._deaf), f"room at the other end of the {self.ends}", timeout)
             if self._deaf or self._finished:
                 raise self._error or BrokenPipeError(errno.EPIPE, f"{driver.name}: {self.ends} takes no more")
             piece = bytes(view[: min(self._room(), _CHUNK)])
-            self._sent = self._sent + len(piece) & _COUNTER
-            driver.tell(self.ends, RW, self._counted(), data=piece, timeout=timeout)
+            self._sent = self._sent + len(piece) & COUNTER
+            driver.tell(self.ends, Op.RW, self._counted(), data=piece, timeout=timeout)
             view = view[len(piece) :]
 
     def receive(self, most: int = 1 << 16, timeout: float | None = None) -> bytes:
@@ -131,23 +120,23 @@ class VsockStream:
             raise self._error
         data = bytes(self._data[:most])
         del self._data[: len(data)]
-        self._taken = self._taken + len(data) & _COUNTER
-        if (self._taken - self._told & _COUNTER) >= WINDOW // 2 and not self._ended:
-            self._driver.tell(self.ends, CREDIT_UPDATE, self._counted(), timeout=timeout)
+        self._taken = self._taken + len(data) & COUNTER
+        if (self._taken - self._told & COUNTER) >= WINDOW // 2 and not self._ended:
+            self._driver.tell(self.ends, Op.CREDIT_UPDATE, self._counted(), timeout=timeout)
         return data
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Say that nothing more will be sent; what the other end sends still comes."""
         if not self._finished and not self._deaf:
             self._finished = True
-            self._driver.tell(self.ends, SHUTDOWN, self._counted(), NO_SEND, timeout=timeout)
+            self._driver.tell(self.ends, Op.SHUTDOWN, self._counted(), NO_SEND, timeout=timeout)
 
     def close(self) -> None:
         """Hang up; harmless when done before."""
         if self._driver.forget(self):
             self.drop(OSError(errno.EBADF, f"{self._driver.name}: {self.ends} is closed"))
             with contextlib.suppress(OSError, ValueError):  # the device, or its driver, is gone: so is the other end
-                self._driver.answer(self.ends, SHUTDOWN, self._taken, NO_SEND | NO_RECEIVE)
+                self._driver.answer(self.ends, Op.SHUTDOWN, self._taken, NO_SEND | NO_RECEIVE)
 
     def __enter__(self) -> Self:
         return self
@@ -172,7 +161,7 @@ class VsockDriver(Driver):
 
     def _ready(self) -> None:
         self._arrive()
-        self._inbox = Inbox(self, RX, _HEADER.size + _CHUNK, _DEPTH)
+        self._inbox = Inbox(self, RX, HEADER.size + _CHUNK, _DEPTH)
         self._event_box = Inbox(self, EVENT, 4, 4) if EVENT in self._rings else None
 
     def _arrive(self) -> None:
@@ -192,24 +181,24 @@ class VsockDriver(Driver):
             self._arrive()
 
     def _packet(self, packet: bytes) -> None:
-        if len(packet) < _HEADER.size:
+        if len(packet) < HEADER.size:
             raise DeviceBroken(f"{self.name}: a packet of {len(packet)} bytes, less than its header")
-        peer, to, peer_port, port, length, kind, op, flags, window, taken = _HEADER.unpack_from(packet)
-        data = packet[_HEADER.size :]
-        if length != len(data) and (op == RW or data):
+        peer, to, peer_port, port, length, kind, op, flags, window, taken = HEADER.unpack_from(packet)
+        data = packet[HEADER.size :]
+        if length != len(data) and (op == Op.RW or data):
             raise DeviceBroken(f"{self.name}: a packet with {len(data)} bytes of data says that it has {length}")
         ends = Ends(port, peer, peer_port)
         stream = self._streams.get(ends)
         if to != self.cid or kind != STREAM:
-            self.answer(ends, RST)
+            self.answer(ends, Op.RST)
         elif stream is not None:
             stream.handle(op, flags, window, taken, data)
-        elif op == REQUEST and port in self._waiting and len(self._waiting[port]) < _BACKLOG:
+        elif op == Op.REQUEST and port in self._waiting and len(self._waiting[port]) < _BACKLOG:
             stream = self._streams[ends] = VsockStream(self, ends)
-            stream.handle(CREDIT_UPDATE, 0, window, taken, b"")
+            stream.handle(Op.CREDIT_UPDATE, 0, window, taken, b"")
             self._waiting[port].append(stream)
-        elif op not in (RST, SHUTDOWN):
-            self.answer(ends, RST)
+        elif op not in (Op.RST, Op.SHUTDOWN):
+            self.answer(ends, Op.RST)
 
     # Streams -----------------------------------------------------------------------------------------------------------
 
@@ -219,7 +208,7 @@ class VsockDriver(Driver):
         ends = Ends(self._last_port, cid, port)
         stream = self._streams[ends] = VsockStream(self, ends)
         try:
-            self.tell(ends, REQUEST, 0, timeout=timeout)
+            self.tell(ends, Op.REQUEST, 0, timeout=timeout)
             self.wait(lambda: stream.connected or ends not in self._streams, f"an answer to the {ends}", timeout)
         except BaseException:
             stream.close()
@@ -241,7 +230,7 @@ class VsockDriver(Driver):
             stream = waiting.popleft()
             if stream.ends in self._streams:
                 stream.connected = True
-                self.tell(stream.ends, RESPONSE, 0, timeout=timeout)
+                self.tell(stream.ends, Op.RESPONSE, 0, timeout=timeout)
                 return stream
 
     def forget(self, stream: VsockStream) -> bool:
@@ -263,5 +252,5 @@ class VsockDriver(Driver):
             self.post(TX, self._chain(ends, op, taken, flags, b""))
 
     def _chain(self, ends: Ends, op: int, taken: int, flags: int, data: bytes) -> list[bytes]:
-        header = _HEADER.pack(self.cid, ends.peer, ends.port, ends.peer_port, len(data), STREAM, op, flags, WINDOW, taken)
+        header = HEADER.pack(self.cid, ends.peer, ends.port, ends.peer_port, len(data), STREAM, op, flags, WINDOW, taken)
         return [header, data] if data else [header]

@@ -17,6 +17,7 @@ from .net import NetModel
 from .rng import RngModel
 from .scsi import ScsiModel
 from .sources import Sources
+from .vsock import VsockModel
 
 __all__ = [
     "KINDS",
@@ -33,6 +34,7 @@ __all__ = [
     "RngModel",
     "ScsiModel",
     "Sources",
+    "VsockModel",
     "make_model",
 ]
 
@@ -43,6 +45,7 @@ KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
     "net": NetModel.from_options,
     "rng": RngModel.from_options,
     "scsi": ScsiModel.from_options,
+    "vsock": VsockModel.from_options,
 }
 """What there is, by the name it has in targets. Each takes options as text and raises ValueError for a wrong one."""
 
