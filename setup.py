@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The native extension; everything static is in pyproject.toml."""
+"""The native extensions; everything static is in pyproject.toml."""
 
 from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
+C_FLAGS = ["-std=c11", "-O2", "-fvisibility=hidden"]
+
 setup(
     ext_modules=cythonize(
-        Extension(
-            "vdpa_bridge._virtqueue",
-            sources=["vdpa_bridge/_virtqueue.pyx", *sorted(glob("userspace/src/*.c"))],
-            depends=["vdpa_bridge/_virtqueue.pxd", *sorted(glob("userspace/include/*.h"))],
-            include_dirs=["userspace/include"],
-            define_macros=[("_GNU_SOURCE", "1")],
-            extra_compile_args=["-std=c11", "-O2", "-fvisibility=hidden"],
-        ),
+        [
+            Extension(
+                "vdpa_bridge._virtqueue",
+                sources=["vdpa_bridge/_virtqueue.pyx", *sorted(glob("userspace/src/*.c"))],
+                depends=["vdpa_bridge/_virtqueue.pxd", *sorted(glob("userspace/include/*.h"))],
+                include_dirs=["userspace/include"],
+                define_macros=[("_GNU_SOURCE", "1")],
+                extra_compile_args=C_FLAGS,
+            ),
+            Extension("vdpa_bridge.vhost_user.framing", sources=["vdpa_bridge/vhost_user/framing.pyx"], extra_compile_args=C_FLAGS),
+        ],
         build_dir="build",
         language_level=3,
     )

@@ -132,8 +132,10 @@ def test_one_door_to_ioctl_numbers(path: Path) -> None:
 
 def test_sans_io() -> None:
     """The protocol core imports no sockets; server, connection and channel are its shells."""
-    core = [PACKAGE / "vhost_user" / f"{name}.py" for name in ("framing", "messages", "vdpa_mode", "session", "legacy_server", "legacy_life")]
+    core = [PACKAGE / "vhost_user" / f"{name}.py" for name in ("messages", "vdpa_mode", "session", "legacy_server", "legacy_life")]
     assert [(p.name, name) for p in core for name in imports(p) if name in ("socket", "select", "threading")] == []
+    framing = (PACKAGE / "vhost_user" / "framing.pyx").read_text()
+    assert re.findall(r"^\s*(?:from|c?import)\s.*\b(socket|select|threading|poll)\b", framing, re.MULTILINE) == []
 
 
 # The package -----------------------------------------------------------------------------------------------------------------------
@@ -193,13 +195,13 @@ def test_archives_hold_what_they_must(tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(tmp_path / "sdist", filter="data")
-    for wanted in ("userspace/include", "userspace/src", "kernel/build", "tools/test", "tests/conftest.py", "vdpa_bridge/_virtqueue.pyx", "README.md"):
+    for wanted in ("userspace/include", "userspace/src", "kernel/build", "tools/test", "tests/conftest.py", "vdpa_bridge/vhost_user/framing.pyx", "README.md"):
         assert any(name.startswith(wanted) for name in names), wanted
     unpacked = next((tmp_path / "sdist").iterdir())
     wheel = tmp_path / run(sys.executable, "-W", "ignore", "-c", build, "build_wheel", tmp_path, cwd=unpacked, CFLAGS="-O0").splitlines()[-1]
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
-    assert {"vdpa_bridge/py.typed", "vdpa_bridge/_virtqueue.pyi", "vdpa_bridge/ops.py", "vdpa_bridge/cli/__init__.py"} <= names
+    assert {"vdpa_bridge/py.typed", "vdpa_bridge/_virtqueue.pyi", "vdpa_bridge/vhost_user/framing.pyi", "vdpa_bridge/ops.py", "vdpa_bridge/cli/__init__.py"} <= names
     assert not [name for name in names if name.endswith((".pyx", ".c", ".h")) or name.startswith(("tests", "tools"))]
     prefix = tmp_path / "prefix"
     run(*tool("pip"), "install", "--quiet", "--no-index", "--no-deps", "--ignore-installed", "--prefix", prefix, wheel)

@@ -60,6 +60,7 @@ class LifeCycle:
         self._backend_features = 0
         self._owned = False
         self._running = False
+        self._is_reset = True  # by being opened
         self._mapped = False
         self._status = 0
         self._memory = ClientMemory()
@@ -162,8 +163,9 @@ class LifeCycle:
     def _negotiate(self) -> None:
         """Own the device, and bring it from reset to FEATURES_OK."""
         self._own()
+        before, self._is_reset = [] if self._is_reset else [_RESET], False
         features = self._features & ~VHOST_ONLY_FEATURES | Feature.ACCESS_PLATFORM
-        *_, status = self._all([_RESET, _DRIVER, (ops.SET_FEATURES, U64(features)), _FEATURES_OK, (ops.GET_STATUS, EMPTY)])
+        *_, status = self._all([*before, _DRIVER, (ops.SET_FEATURES, U64(features)), _FEATURES_OK, (ops.GET_STATUS, EMPTY)])
         if not status.value & Status.FEATURES_OK:
             raise OSError(errno.EINVAL, f"the device refuses the features {features:#x}")
 
@@ -303,6 +305,7 @@ class LifeCycle:
             ring.set_up = False
         if self._owned:
             self._backend.call(*_RESET)
+            self._is_reset = True
             self._mapped = self._mapped and bool(self._backend_features & BackendFeature.IOTLB_PERSIST)
         if self._iotlb is not None:
             self._iotlb.reset()
