@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -49,6 +50,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report.outcome = "failed"
         report.longrepr = f"VDPA_BRIDGE_REQUIRE={','.join(sorted(REQUIRED))} forbids this: {reason}"
     return report
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A temporary directory whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="vb") as name:
+        yield Path(name)
 
 
 # What is seen working --------------------------------------------------------------------------------------------------

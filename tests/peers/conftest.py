@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,6 @@ import pytest
 from vdpa_bridge.vhost_user.framing import Frame
 from vdpa_bridge.vhost_user.legacy_server import LegacyService
 from vdpa_bridge.vhost_user.messages import message_name
-
-
-@pytest.fixture
-def short_dir() -> Iterator[Path]:
-    """A temporary directory whose path leaves room for a socket's name."""
-    with tempfile.TemporaryDirectory(prefix="vb") as name:
-        yield Path(name)
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def read(driver: Driver, sector: int, length: int) -> bytes:
         ("blk", {"queues": "0"}, "from 1 to 64"),
         ("blk", {"size": "1M", "serial": "x" * 21}, "longer than 20"),
         ("blk", {"file": "/dev/null"}, "neither a file nor a block device"),
-        ("net", {"size": "1M"}, "no option size; there is: mac, mtu, pairs"),
+        ("net", {"size": "1M"}, "no option size; there is: dgram, link, mac, mtu, pairs"),
         ("net", {"mac": "52:54:00"}, "not a MAC address"),
         ("net", {"mac": "ff:ff:ff:ff:ff:ff"}, "group address"),
         ("net", {"mtu": "67"}, "from 68"),

@@ -119,17 +119,29 @@ vhost-user-vdpa-i2c --fd 3 --devices 'ram@20:size=16,eeprom@50:size=32K;page=64'
         BackEnd(
             "net",
             "net",
-            "network interface that loops back",
+            "network interface",
             """
-vhost-user-vdpa-net --socket-path /run/net.sock
-vhost-user-vdpa-net --socket-path /run/net.sock --mac 52:54:00:12:34:56 --mtu 9000 --pairs 4
-vhost-user-vdpa-net --fd 3 --log-format json -v
+vhost-user-vdpa-net --socket-path /run/net.sock --tap tap0 --pairs 4
+vhost-user-vdpa-net --socket-path /run/net.sock --user --tcp-ports 2222:22
+vhost-user-vdpa-net --socket-path /run/net.sock --stream /run/switch.sock --pcap-out net.pcapng
+vhost-user-vdpa-net --fd 3 --mac 52:54:00:12:34:56 --mtu 9000 --log-format json -v
 """,
             (),
             (
                 click.Option(["--mac"], metavar="ADDRESS", help="Of the interface.  [default: 02:00:00:00:00:01]"),
-                click.Option(["--mtu"], metavar="BYTES", help="Of the interface.  [default: 1500]"),
-                click.Option(["--pairs"], metavar="N", help="Queue pairs.  [default: 1]"),
+                click.Option(["--mtu"], metavar="BYTES", help="Of the interface.  [default: that of the tap, 1500]"),
+                click.Option(["--pairs"], metavar="N", help="Queue pairs, of a tap or a loop.  [default: 1]"),
+                click.Option(["--tap"], metavar="NAME", help="Frames go to this tap, made if it is not there.  [default: frames come back]"),
+                click.Option(["--dgram"], metavar="LOCAL[,REMOTE]", help="Frames go over a UNIX datagram socket, as QEMU's -netdev dgram."),
+                click.Option(["--stream"], metavar="PATH", help="Frames go over a UNIX stream socket, as QEMU's -netdev stream."),
+                click.Option(["--server"], flag_value="on", default=None, help="Listen at the stream's PATH instead of connecting."),
+                click.Option(["--user"], flag_value="on", default=None, help="User networking by passt, which is started and ended."),
+                click.Option(["--tcp-ports"], metavar="PORTS", help="Ports that passt forwards to the guest: 2222:22 (passt(1))."),
+                click.Option(["--udp-ports"], metavar="PORTS", help="The same for UDP."),
+                click.Option(["--pcap-in"], metavar="FILE", help="Frames come from this capture; what is sent goes nowhere."),
+                click.Option(["--pcap-out"], metavar="FILE", help="Write all frames there, as pcapng."),
+                click.Option(["--link"], metavar="up|down", help="Whether the cable is in.  [default: up]"),
+                click.Option(["--speed"], metavar="MBITS", help="What the interface says its speed is."),
             ),
         ),
         BackEnd(
