@@ -3,7 +3,7 @@
 """What `_virtqueue.pyx` uses of the C core, and the fields of its classes, for other native modules to cimport."""
 
 cimport cython
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -124,6 +124,17 @@ cdef extern from "virtqueue.h" nogil:
     int vq_driver_enable_call(vq_driver *vq)
     void vq_driver_disable_call(vq_driver *vq)
 
+cdef extern from "slots.h" nogil:
+    struct vq_slots:
+        uint32_t stride, count, idle_count
+    int vq_slots_init(vq_slots *slots, vq_driver *vq, void *memory, uint64_t iova, uint32_t stride, uint32_t count, bint writable)
+    void vq_slots_destroy(vq_slots *slots)
+    uint16_t vq_slots_next(const vq_slots *slots, size_t ahead)
+    uint8_t *vq_slots_data(const vq_slots *slots, uint16_t slot)
+    size_t vq_slots_room(const vq_slots *slots, size_t count)
+    size_t vq_slots_add(vq_slots *slots, const uint32_t *lengths, bint each, size_t count)
+    int vq_slots_take(vq_slots *slots, const vq_done *done)
+
 cdef extern from "relay.h" nogil:
     enum: RELAY_KICK, RELAY_CALL, RELAY_AGAIN, RELAY_MOVED
     struct relay:
@@ -187,6 +198,16 @@ cdef class DriverQueue:
     cdef list held  # token by head, or by buffer id
     cdef object owner
     cdef size_t take(self, object segments, size_t count) except? 0
+
+
+@cython.final
+cdef class Slots:
+    cdef DriverQueue queue
+    cdef vq_slots core
+    cdef object owner
+    cdef list others  # (token, written) of chains that are not ours
+    cdef uint32_t checked(self, object length) except 0
+    cdef size_t reap_some(self) except? 0
 
 
 @cython.final

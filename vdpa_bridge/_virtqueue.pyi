@@ -238,6 +238,48 @@ class DriverQueue(Generic[_T]):
     def broken(self) -> str | None:
         """Why the queue stopped for good, or None."""
 
+@final
+class Slots(Generic[_T]):
+    """Chains of one buffer each on a queue, from an array of `count` buffers of one size that are posted again and again.
+
+    An idle slot is the driver's, to write or to read; the one given back last goes next. Other chains may be on the queue; what is
+    reaped is reaped here. Synchronization: that of the queue.
+    """
+
+    def __new__(
+        cls, queue: DriverQueue[_T], address: int, iova: int, stride: int, count: int, *, writable: bool = False, owner: object = None
+    ) -> Self:
+        """Slot i lies at `address + i * stride`, for the device at `iova + i * stride`; `writable` by the device. `owner` is kept alive.
+
+        ValueError: no slots, more than 32768, or none of any size.
+        """
+    def __class_getitem__(cls, item: object, /) -> GenericAlias: ...
+    def upcoming(self, count: int) -> list[int]:
+        """The next `count` slots, or all that are idle."""
+    def add(self, lengths: Iterable[int]) -> int:
+        """Add the upcoming slots, of that many bytes each, without telling the device; return how many had a slot and room in the ring.
+
+        ValueError: a length that is 0 or above the stride; slots before it stay added.
+        """
+    def fill(self, length: int) -> int:
+        """Add all idle slots, of `length` bytes each; return how many had room in the ring."""
+    def copy(self, data: Sequence[Buffer], first: int = 0, skip: int = 0) -> int:
+        """Copy items of `data` from number `first` on into slots, behind `skip` zeroes each, and add them; return how many had room.
+
+        ValueError: an item that is empty or larger than a slot; those before it stay added.
+        """
+    def reap(self) -> list[tuple[int, int]]:
+        """Take up to 64 completed chains: (slot, bytes the device claims to have written). What was written is there until the slot is added."""
+    def collect(self) -> int:
+        """Take all completed chains; return how many."""
+    def read(self, done: Sequence[tuple[int, int]], skip: int = 0) -> list[bytes]:
+        """The content of reaped slots, without the first `skip` bytes. ValueError when one has fewer."""
+    def take_others(self) -> list[tuple[_T, int]]:
+        """Chains of others that were reaped since the last call: (token, bytes written)."""
+    @property
+    def idle(self) -> int:
+        """Slots that can be added."""
+
 KICK: int
 CALL: int
 AGAIN: int

@@ -4,16 +4,17 @@
 
 Rule: convert and check Python values, keep what C points into alive, hold no ring logic. Batches cross once. The GIL is
 released for file I/O only: everything else is shorter than giving it up and taking it back. The C declarations and the
-fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_virtqueue_memory.pxi`.
+fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_virtqueue_memory.pxi`, slots in
+`_virtqueue_slots.pxi`.
 """
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport off_t, usleep
 
@@ -449,6 +450,9 @@ cdef class DriverQueue:
     @property
     def broken(self):
         return fault_text(&self.vq.fault)
+
+
+include "_virtqueue_slots.pxi"
 
 
 KICK, CALL, AGAIN, MOVED = RELAY_KICK, RELAY_CALL, RELAY_AGAIN, RELAY_MOVED

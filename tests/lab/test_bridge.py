@@ -14,7 +14,7 @@ import pytest
 
 from vdpa_bridge import connect, ops
 from vdpa_bridge.drivers import BlkDriver, NetDriver
-from vdpa_bridge.drivers.base import Pending
+from vdpa_bridge.drivers.ring import Pending
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.memory import Region
 from vdpa_bridge.virtio.features import BlockFeature

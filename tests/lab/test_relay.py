@@ -15,7 +15,8 @@ from vdpa_bridge import Device, connect
 from vdpa_bridge.backends.relay import relayed
 from vdpa_bridge.backends.vhost_vdpa import VhostVdpa
 from vdpa_bridge.drivers import BlkDriver, NetDriver
-from vdpa_bridge.drivers.base import Driver, Pending
+from vdpa_bridge.drivers.base import Driver
+from vdpa_bridge.drivers.ring import Pending
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.memory import INTERRUPTS, U64_MAX, Region
 from vdpa_bridge.wire import Iova

@@ -20,8 +20,8 @@ from vdpa_bridge import Device, connect, ops
 from vdpa_bridge.backends.vhost_kernel import most_mappings
 from vdpa_bridge.device import RingSetup
 from vdpa_bridge.drivers import NetDriver
-from vdpa_bridge.drivers.base import Pending
 from vdpa_bridge.drivers.net import WANTED
+from vdpa_bridge.drivers.ring import Pending
 from vdpa_bridge.errors import DeviceBroken
 from vdpa_bridge.flags import BackendFeature as B
 from vdpa_bridge.flags import Status

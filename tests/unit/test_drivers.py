@@ -22,7 +22,7 @@ from vdpa_bridge.backends.base import Backend, Capability
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver, BlkRequest, Driver, NetDriver
-from vdpa_bridge.drivers.base import Pending
+from vdpa_bridge.drivers.ring import Pending
 from vdpa_bridge.errors import DeviceBroken, FeatureError
 from vdpa_bridge.flags import Feature, Status
 from vdpa_bridge.models import BlkModel, make_model

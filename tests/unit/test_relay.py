@@ -27,7 +27,8 @@ from vdpa_bridge.backends.relay import RelayBackend, carried, relayed
 from vdpa_bridge.backends.relay_memory import Room
 from vdpa_bridge.cli import main
 from vdpa_bridge.drivers import BlkDriver, BlkRequest, NetDriver
-from vdpa_bridge.drivers.base import Driver, Pending
+from vdpa_bridge.drivers.base import Driver
+from vdpa_bridge.drivers.ring import Pending
 from vdpa_bridge.flags import Status
 from vdpa_bridge.memory import Region
 from vdpa_bridge.models import Model, make_model

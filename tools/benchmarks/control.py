@@ -169,27 +169,28 @@ def stack_sampler(rounds: int) -> Callable[[], Figures]:
 
 
 @contextlib.contextmanager
-def running(arguments: list[str], path: Path) -> Iterator[None]:
-    """A server process that listens on *path*; ended by its pid."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        end = time.monotonic() + 20
-        while not path.exists():
-            if process.poll() is not None or time.monotonic() > end:
-                text = process.stderr.read().decode() if process.stderr and process.poll() is not None else "no socket after 20 s"
-                raise SystemExit(f"bench: {' '.join(arguments[:3])}: {text}")
-            time.sleep(0.02)
-        time.sleep(0.2)
-        yield
-    finally:
-        process.terminate()
+def running(arguments: list[str], path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that listens on *path*; ended by its pid. What it says goes to a file: a pipe that nobody reads stops
+    whoever fills it (DPDK's vhost logs each message, and then answers no more)."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stderr:
-            process.stderr.close()
+            end = time.monotonic() + 20
+            while not path.exists():
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    text = log.read().decode(errors="replace") if process.poll() is not None else "no socket after 20 s"
+                    raise SystemExit(f"bench: {' '.join(arguments[:3])}: {text}")
+                time.sleep(0.02)
+            time.sleep(0.2)
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def host_figures(directory: Path, rounds: int, repeat: int) -> dict[str, Figures]:

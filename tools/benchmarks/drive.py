@@ -3,14 +3,15 @@
 
 Disks: reads of 4 KiB from qemu-storage-daemon, next to userspace/client. Networks: frames of 64 bytes sent into DPDK's vhost
 port, which takes and forgets them, next to DPDK's virtio-user; all poll. Back-end and client have a CPU each where there are two.
-The ways take turns; figures are medians. "batches" is the native ring alone (``DriverQueue``): chains made once, posted and reaped
-in batches. "submit and complete", "read" and "send_many" are the drivers, where every request or frame is made, checked and
-copied by Python.
+The ways take turns, each in a session of its own; figures are medians of turns that nothing else on the machine disturbed.
+"batches" is the native ring: chains made once (frames lie in their buffers as they are, testpmd makes each anew), posted and reaped
+in batches. "submit and complete", "read" and "send_many" are the drivers: a Python object for each request or frame, checked and copied.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -20,22 +21,29 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from control import running
+from quiet import Turns, turns
 from report import Goal, deliver, show_goals
 from serve import client
 
 from vdpa_bridge import connect
 from vdpa_bridge.drivers import BlkDriver, BlkRequest, NetDriver
-from vdpa_bridge.drivers.base import Pending, Segments, drain
+from vdpa_bridge.drivers.ring import Pending, Segments, drain
 
 BYTES, DISK = 4096, 8 << 20
 DEPTHS = (1, 32)
-FRAME, BURST = 64, 32
+FRAME, BURST, MANY = 64, 32, 256
+"""Bytes of a frame; frames that testpmd makes at once; frames in one call of ``send_many``."""
+RING = 256
+SECONDS = 2.0
+LOOKS = 1000
+"""Looks at the ring between two at the clock."""
 C, BATCHES, SUBMIT, READ, SEND = "client in C", "batches", "submit and complete", "read", "send_many"
 MOST = 1.2
 _STATUS_AT = 16
@@ -122,11 +130,31 @@ WAYS: dict[str, Callable[[str, int, int], float]] = {
 }
 
 
-def row(work: str, depth: int, turns: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians of rates, and of the ratio of the client in C to each way in the same turn."""
-    rates = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
-    ratios = {name: statistics.median(turn[C] / turn[name] for turn in turns) for name in turns[0]}
-    return {"work": work, "depth": depth, "rates": rates, "ratios": ratios}
+@contextlib.contextmanager
+def on_cpu(cpu: int) -> Iterator[None]:
+    """This process, and what it starts, on one CPU."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def row(work: str, depth: int, taken: Turns) -> dict[str, Any]:
+    """Medians and ranges of rates, and the median of the ratio of the client in C to each way in the same turn."""
+    results = taken.results
+    rates = {name: [turn[name] for turn in results] for name in results[0]}
+    return {
+        "work": work,
+        "depth": depth,
+        "rates": {name: statistics.median(many) for name, many in rates.items()},
+        "ranges": {name: [min(many), max(many)] for name, many in rates.items()},
+        "ratios": {name: statistics.median(turn[C] / turn[name] for turn in results) for name in rates},
+        "turns": len(results),
+        "disturbed": taken.disturbed,
+        "note": taken.note,
+    }
 
 
 def measure(requests: int, repeat: int, cpus: tuple[int, int]) -> list[dict[str, Any]]:
@@ -134,103 +162,96 @@ def measure(requests: int, repeat: int, cpus: tuple[int, int]) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vbb") as directory:
         path, disk = Path(directory, "s"), Path(directory, "disk")
-        disk.write_bytes(bytes(DISK))
+        disk.write_bytes(os.urandom(DISK))
         export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path},writable=on"
-        storage = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=d,filename={disk}", "--export", export]
-        os.sched_setaffinity(0, {cpus[0]})
-        with running(storage, path):
-            os.sched_setaffinity(0, {cpus[1]})
+        storage = ["taskset", "-c", str(cpus[0]), "qemu-storage-daemon", "--blockdev", f"driver=file,node-name=d,filename={disk}", "--export", export]
+        with running(storage, path) as server, on_cpu(cpus[1]):
             for depth in DEPTHS:
-                ways = {name: way for name, way in WAYS.items() if name != READ or depth == 1}
-                turns = [{name: way(str(path), depth, requests) for name, way in ways.items()} for _ in range(repeat)]
-                rows.append(row("reads of 4 KiB", depth, turns))
+                ways = {name: partial(way, str(path), depth, requests) for name, way in WAYS.items() if name != READ or depth == 1}
+                rows.append(row("reads of 4 KiB", depth, turns(ways, repeat, [server.pid])))
     return rows
 
 
-class Frame(Pending):
-    """A frame that is sent again and again."""
-
-    def __init__(self, nic: NetDriver) -> None:
-        super().__init__()
-        buffer = nic._pool.take(nic.header + FRAME)
-        buffer.data[:] = bytes(nic.header) + b"\xff" * 6 + b"\x02\0\0\0\0\1\x88\xb5" + bytes(FRAME - 14)
-        self.chain: tuple[Segments, Segments, Pending] = ([(buffer.iova, buffer.size)], [], self)
-
-
-def frames_in_batches(nic: NetDriver, depth: int, count: int) -> None:
-    """*count* frames or a few more, *depth* with the device."""
-    ring = nic.ring(1)
-    queue, left, end = ring.queue, count, time.monotonic() + 30
-    queue.disable_call()
-    ring.submit([Frame(nic).chain for _ in range(depth)])
-    while left > 0:
-        if done := queue.reap(depth):
-            left -= len(done)
-            ring.submit([frame.chain for frame, _ in done if isinstance(frame, Frame)])
-        elif time.monotonic() > end:
-            raise SystemExit("bench: the frames do not go out")
-    while queue.in_flight:
-        queue.reap(depth)
+def frames_in_batches(nic: NetDriver, seconds: float) -> int:
+    """Frames that lie in their slots as they are, posted again whenever they come back; how many went out."""
+    ring, size = nic.ring(1), nic.header + FRAME
+    assert ring.slots is not None
+    slots, done, sizes = ring.slots, 0, [size] * ring.queue.num
+    slots.copy([_frame()] * slots.idle, skip=nic.header)
+    ring.queue.disable_call()
+    ring.publish()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(LOOKS):
+            if back := slots.collect():
+                done += slots.add(sizes[:back])
+                ring.publish()
+    return done
 
 
-def frames_by_driver(nic: NetDriver, depth: int, count: int) -> None:
+def frames_by_driver(nic: NetDriver, seconds: float) -> int:
     """The driver's own way."""
-    frame = b"\xff" * 6 + b"\x02\0\0\0\0\1\x88\xb5" + bytes(FRAME - 14)
-    for _ in range(count // depth):
-        nic.send_many([frame] * depth)
+    many, done, end = [_frame()] * MANY, 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        nic.send_many(many)
+        done += MANY
+    return done
 
 
-def frame_rate(work: Callable[[NetDriver, int, int], None], path: Path, depth: int, count: int) -> float:
-    """Frames per second."""
-    # testpmd polls on the CPU of the thread that answers, which may have to wait long for its lock
-    with connect(f"vhost-user:{path}?type=net&vdpa=off&timeout=30") as device, NetDriver(device) as nic:
+def _frame() -> bytes:
+    return b"\xff" * 6 + b"\x02\0\0\0\0\1\x88\xb5" + bytes(FRAME - 14)
+
+
+def frame_rate(work: Callable[[NetDriver, float], int], path: Path) -> float:
+    """Frames per second of a session."""
+    with connect(f"vhost-user:{path}?type=net&vdpa=off") as device, NetDriver(device) as nic:
         start = time.perf_counter()
-        work(nic, depth, count)
-        return count / (time.perf_counter() - start)
+        return work(nic, SECONDS) / (time.perf_counter() - start)
 
 
-def testpmd(cpu: int, device: str, *options: str) -> list[str]:
-    """A testpmd whose threads all are on *cpu*."""
-    eal = ["--lcores", f"0@{cpu},1@{cpu}", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf", "--file-prefix", f"vbb{device[:12]}"]
+def testpmd(main: int, worker: int, device: str, *options: str) -> list[str]:
+    """A testpmd that forwards on the CPU *worker*. Its main thread, asleep but for a report each second, and those that answer a
+    peer's messages are on the CPU *main*, off the worker that polls."""
+    eal = ["--lcores", f"0@{main},1@{worker}", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf", "--file-prefix", f"vbb{device[:12]}"]
     return ["dpdk-testpmd", *eal, "--vdev", device, "--", "--nb-cores=1", "--auto-start", "--no-flush-rx", "--stats-period=1", "--total-num-mbufs=8192", *options]
 
 
-def frame_rate_in_c(path: Path, depth: int, cpu: int) -> float:
-    """Frames per second that virtio-user sends: the last but one of its own reports."""
-    command = testpmd(cpu, f"net_virtio_user0,path={path},queue_size=256", "--forward-mode=txonly", f"--txpkts={FRAME}", f"--burst={depth}")
+def frame_rate_in_c(path: Path, cpus: tuple[int, int]) -> float:
+    """Frames per second that virtio-user sends, by its own reports of a second each, without the first."""
+    command = testpmd(*cpus, f"net_virtio_user0,path={path},queue_size={RING}", "--forward-mode=txonly", f"--txpkts={FRAME}", f"--burst={BURST}")
+    rates: list[float] = []
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        rates: list[float] = []
         for line in process.stdout:
             if found := re.search(r"Tx-pps:\s+(\d+)", line):
                 rates.append(float(found[1]))
-            if len(rates) == 5:
+            if len(rates) == 4:
                 break
         process.terminate()
         process.stdout.read()
-    if len(rates) < 5:
+    if len(rates) < 4:
         raise SystemExit(f"bench: {' '.join(command)} ended early")
-    return statistics.median(rates[2:])
+    return statistics.mean(rates[2:])
 
 
-def measure_frames(count: int, repeat: int, cpus: tuple[int, int]) -> dict[str, Any]:
-    """The row for frames. Those of a burst are in flight together; testpmd has as many as the ring holds."""
+def measure_frames(repeat: int, cpus: tuple[int, int]) -> dict[str, Any]:
+    """The row for frames. The back-end forwards on the first CPU; all clients send from the second."""
     with tempfile.TemporaryDirectory(prefix="vbb") as directory:
         path = Path(directory, "s")
-        with running(testpmd(cpus[0], f"net_vhost0,iface={path}", "--forward-mode=rxonly"), path):
-            os.sched_setaffinity(0, {cpus[1]})
+        back_end, client_cpu = cpus
+        with running(testpmd(client_cpu, back_end, f"net_vhost0,iface={path}", "--forward-mode=rxonly"), path) as server, on_cpu(client_cpu):
             ways: dict[str, Callable[[], float]] = {
-                C: lambda: frame_rate_in_c(path, BURST, cpus[1]),
-                BATCHES: lambda: frame_rate(frames_in_batches, path, BURST, count),
-                SEND: lambda: frame_rate(frames_by_driver, path, BURST, count // 10),
+                C: lambda: frame_rate_in_c(path, cpus),
+                BATCHES: lambda: frame_rate(frames_in_batches, path),
+                SEND: lambda: frame_rate(frames_by_driver, path),
             }
-            turns = [{name: way() for name, way in ways.items()} for _ in range(repeat)]
-    return row("frames of 64 bytes", BURST, turns)
+            return row("frames of 64 bytes", RING // 2, turns(ways, repeat, [server.pid]))
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
-    """What the project holds itself to."""
-    return [Goal(f"{row['work']}, {row['depth']} in flight: client in C / {BATCHES}", row["ratios"][BATCHES], MOST) for row in rows]
+    """What the project holds itself to; of rows that say something, as most of their turns were left alone."""
+    told = [row for row in rows if 2 * row["disturbed"] < row["turns"]]
+    return [Goal(f"{row['work']}, {row['depth']} in flight: client in C / {BATCHES}", row["ratios"][BATCHES], MOST) for row in told]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -238,25 +259,29 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=110)
-    table = Table("work", "way", "in flight", "1/s", "microseconds each", "client in C / this")
+    console = Console(width=130)
+    table = Table("work", "way", "in flight", "1/s", "least", "most", "microseconds each", "client in C / this")
     for row in report["rows"]:
         for name, value in row["rates"].items():
-            table.add_row(row["work"], name, str(row["depth"]), f"{value:,.0f}", f"{1e6 / value:,.2f}", f"{row['ratios'][name]:.2f}")
+            least, most = row["ranges"][name]
+            cells = (f"{value:,.0f}", f"{least:,.0f}", f"{most:,.0f}", f"{1e6 / value:,.3f}", f"{row['ratios'][name]:.2f}")
+            table.add_row(row["work"], name, str(row["depth"]), *cells)
     console.print(table)
+    for row in report["rows"]:
+        console.print(f"{row['work']}, {row['depth']} in flight: {row['note']}")
     show_goals(console, report)
 
 
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(prog="tools/bench drive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20000, help="in one sample (default 20000), and fifty times as many frames")
+    parser.add_argument("--requests", type=int, default=20000, help="to a disk, in one sample (default 20000)")
     parser.add_argument("--repeat", type=int, default=7, help="turns, of which the median counts (default 7)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there ('-': standard output) instead of a table")
     arguments = parser.parse_args()
     cpus = sorted(os.sched_getaffinity(0))
     pair = (cpus[0], cpus[-1])
-    rows = [*measure(arguments.requests, arguments.repeat, pair), measure_frames(50 * arguments.requests, arguments.repeat, pair)]
+    rows = [*measure(arguments.requests, arguments.repeat, pair), measure_frames(arguments.repeat, pair)]
     report: dict[str, Any] = {"rows": rows, "goals": [asdict(goal) for goal in goals(rows)]}
     deliver(report, arguments.json, show)
 

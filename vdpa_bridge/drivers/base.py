@@ -14,17 +14,17 @@ import os
 import select
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Self, TypedDict
 
-from ..device import Device, RingSetup
+from ..device import Device
 from ..errors import DeviceBroken, FeatureError, ProtocolError
 from ..flags import BackendFeature, Feature, Status, status_text
 from ..memory import PAGE, Buffer, Doorbell
 from ..virtio.ids import DeviceId, device_name
 from ..virtqueue import PACKED_BEGIN, DriverQueue, RingLayout
 from ..wire import Iova
-from .pool import Pool, Space, place
+from .pool import Space, place
+from .ring import Pending, Posted, Ring, Segments, drain, segments
 
 RING_FEATURES = Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
 TIMEOUT = 5.0
@@ -32,8 +32,6 @@ _APART_POOL = 16 << 10
 """Bytes for data of queues in an address space of their own: commands and answers."""
 LOOK = 0.5
 """Seconds of waiting after which the status byte is looked at, for devices that cannot signal a change."""
-
-Segments = list[tuple[int, int]]
 
 
 class Options(TypedDict, total=False):
@@ -46,76 +44,6 @@ class Options(TypedDict, total=False):
     timeout: float
     isolated: Collection[int]
     doorbells: bool
-
-
-class Pending:
-    """A chain that the device has. Subclasses say what happens when it comes back."""
-
-    __slots__ = ("written",)
-
-    def __init__(self) -> None:
-        self.written = -1
-        """Bytes that the device says it wrote; -1 as long as it has the chain."""
-
-    def complete(self, written: int) -> None:
-        """The device gave the chain back."""
-        self.written = written
-
-
-class Posted(Pending):
-    """A chain of ``Driver.post``, with what the device wrote."""
-
-    __slots__ = ("_buffers", "_pool", "data", "queue")
-
-    def __init__(self, queue: int, pool: Pool, readable: list[Buffer], writable: list[Buffer]) -> None:
-        super().__init__()
-        self.queue = queue
-        self.data: list[bytes] = []
-        self._pool, self._buffers = pool, (readable, writable)
-
-    def complete(self, written: int) -> None:
-        """Keep what was written; the memory is free again."""
-        readable, writable = self._buffers
-        self.data = [bytes(buffer.data) for buffer in writable]
-        for buffer in readable + writable:
-            self._pool.give(buffer)
-        super().complete(written)
-
-
-@dataclass
-class Ring:
-    """The driver's end of one virtqueue, with the ways to call and be called, which it borrows."""
-
-    index: int
-    queue: DriverQueue[Pending]
-    kick: int
-    call: int
-    base: int = 0
-    doorbell: Doorbell | None = None
-    """Where to kick instead of *kick*."""
-
-    def close(self) -> None:
-        """The memory under the ring goes or is used anew: let go of the queue."""
-        del self.queue
-
-    def submit(self, requests: Sequence[tuple[Segments, Segments, Pending]]) -> int:
-        """Post as many as fit, tell the device; return how many. OSError EPROTO when the ring is broken."""
-        added = self.queue.add_many(requests)
-        if added and self.queue.publish():
-            self.notify()
-        return added
-
-    def notify(self) -> None:
-        """Let the device look at the ring."""
-        if self.doorbell is not None:
-            self.doorbell.ring()
-        else:
-            os.eventfd_write(self.kick, 1)
-
-    def setup(self) -> RingSetup:
-        """The ring as the device is told about it."""
-        queue = self.queue
-        return RingSetup(self.index, queue.num, queue.desc, queue.avail, queue.used, self.kick, self.call, self.base)
 
 
 class Driver:
@@ -372,7 +300,7 @@ class Driver:
             for buffer in outputs:
                 buffer.data[:] = bytes(buffer.size)
             posted = Posted(queue, pool, inputs, outputs)
-            sent = self._submit(ring, [(_segments(inputs), _segments(outputs), posted)])
+            sent = self._submit(ring, [(segments(inputs), segments(outputs), posted)])
             if not sent:
                 raise MemoryError(f"{self.name}: queue {queue} has {ring.queue.free} descriptors left, {len(sizes)} are wanted")
         finally:
@@ -404,6 +332,14 @@ class Driver:
         except OSError as error:
             raise self._broken(ring, error) from None
 
+    def _publish(self, queue: int) -> None:
+        """Let the device see what was added to *queue*."""
+        ring = self.ring(queue)
+        try:
+            ring.publish()
+        except OSError as error:
+            raise self._broken(ring, error) from None
+
     def poll(self) -> bool:
         """Take back what the device has finished, without waiting; True when there was something.
 
@@ -413,10 +349,7 @@ class Driver:
         found = False
         for ring in reversed(list(self._rings.values())):
             try:
-                while done := ring.queue.reap():
-                    found = True
-                    for pending, written in done:
-                        pending.complete(written)
+                found |= ring.take_back()
             except OSError as error:
                 raise self._broken(ring, error) from None
         if found:
@@ -474,13 +407,3 @@ class Driver:
     def __repr__(self) -> str:
         kind = DeviceId(self.device_id).name.lower() if self.device_id is not None else "generic"
         return f"<{type(self).__name__} {self.name}: {kind}, {'closed' if self._closed else f'queues {self._indices}'}>"
-
-
-def _segments(buffers: Sequence[Buffer]) -> Segments:
-    return [(buffer.iova, buffer.size) for buffer in buffers]
-
-
-def drain(fd: int) -> None:
-    """Take what an eventfd holds, if anything."""
-    with contextlib.suppress(BlockingIOError):
-        os.eventfd_read(fd)

@@ -22,7 +22,8 @@ from ..virtio.config import parse_config
 from ..virtio.features import BlockFeature as F
 from ..virtio.features import feature_names
 from ..virtio.ids import DeviceId
-from .base import Driver, Options, Pending, Ring, Segments
+from .base import Driver, Options
+from .ring import Pending, Ring, Segments
 
 SECTOR = 512
 WANTED = F.SIZE_MAX | F.SEG_MAX | F.RO | F.BLK_SIZE | F.FLUSH | F.TOPOLOGY | F.MQ | F.DISCARD | F.WRITE_ZEROES

@@ -11,7 +11,8 @@ from ..device import Device
 from ..errors import DeviceBroken
 from ..virtio.features import I2cFeature as F
 from ..virtio.ids import DeviceId
-from .base import Driver, Options, Posted
+from .base import Driver, Options
+from .ring import Posted
 
 REQUESTS = 0
 FAIL_NEXT, READ = 1, 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 
 from ..memory import Buffer
-from .base import Driver, Pending, Segments
+from .base import Driver
+from .ring import Pending, Segments
 
 
 class _Waiting(Pending):

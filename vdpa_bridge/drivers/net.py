@@ -15,13 +15,12 @@ from typing import ClassVar, Unpack
 from ..device import Device
 from ..errors import DeviceBroken, FeatureError
 from ..flags import Feature
-from ..memory import Buffer
 from ..virtio.config import Value, mac_text, parse_config, parse_mac
 from ..virtio.features import NetFeature as F
 from ..virtio.features import feature_names
 from ..virtio.ids import DeviceId
-from .base import Driver, Options, Pending, Segments
-from .pool import Pool
+from .base import Driver, Options
+from .pool import LINE, Pool
 
 CTRL = 2
 """The control queue of a driver that does not take MQ (virtio 1.2, 5.1.2)."""
@@ -45,33 +44,6 @@ def _most_pairs(device: Device) -> int:
     return limits.queues // 2 if limits.features & F.MQ else 1
 
 
-class RxBuffer(Pending):
-    """A receive buffer."""
-
-    __slots__ = ("buffer", "pair")
-
-    def __init__(self, pair: Pair, buffer: Buffer) -> None:
-        super().__init__()
-        self.pair, self.buffer = pair, buffer
-
-    def complete(self, written: int) -> None:
-        self.written = written
-        self.pair.came(self)
-
-
-class TxBuffer(Pending):
-    """A transmit buffer, which is used again and again."""
-
-    __slots__ = ("buffer", "pair")
-
-    def __init__(self, pair: Pair, buffer: Buffer) -> None:
-        super().__init__()
-        self.pair, self.buffer = pair, buffer
-
-    def complete(self, written: int) -> None:
-        self.pair.idle.append(self)
-
-
 class Pair:
     """The buffers and frames of one queue pair."""
 
@@ -79,8 +51,6 @@ class Pair:
         self._driver = driver
         self.rx, self.tx = 2 * number, 2 * number + 1
         self.received: deque[bytes] = deque()
-        self.idle: list[TxBuffer] = []
-        self.empty: list[RxBuffer] = []
         self._parts: list[bytes] = []
         self._missing = 0
 
@@ -88,29 +58,58 @@ class Pair:
         """Start anew: *depth* receive buffers, half as many transmit buffers, so that what loops back finds room."""
         self.received.clear()
         self._parts, self._missing = [], 0
-        self.empty = [RxBuffer(self, pool.take(size)) for _ in range(depth)]
-        self.idle = [TxBuffer(self, pool.take(size)) for _ in range(depth // 2)]
+        self._size, stride = size, -(-size // LINE) * LINE
+        came, sent = pool.take(depth * stride), pool.take(depth // 2 * stride)
+        self.data = [came.data[at : at + size] for at in range(0, came.size, stride)]
+        """The receive buffers."""
+        self.frames = [sent.data[at : at + size] for at in range(0, sent.size, stride)]
+        """The transmit buffers."""
+        self.incoming = self._driver.ring(self.rx).lend(came, stride, True, self._take)
+        self.outgoing = self._driver.ring(self.tx).lend(sent, stride, False)
 
-    def came(self, rx: RxBuffer) -> None:
-        """A buffer came back: a frame, or with MRG_RXBUF a part of one (virtio 1.2, 5.1.6.4)."""
-        self.empty.append(rx)
-        driver, start = self._driver, 0
-        if not self._missing:
-            if rx.written < driver.header:
-                raise DeviceBroken(f"{driver.name}: a received buffer with {rx.written} bytes, less than a virtio_net_hdr")
-            start, self._missing = driver.header, 1
-            if driver.features & F.MRG_RXBUF:
-                self._missing = int.from_bytes(rx.buffer.data[10:12], "little")
-                if not 0 < self._missing <= driver.ring(self.rx).queue.num:
-                    raise DeviceBroken(f"{driver.name}: a received frame in {self._missing} buffers of a ring of {driver.ring(self.rx).queue.num}")
-        self._parts.append(bytes(rx.buffer.data[start : rx.written]))
-        self._missing -= 1
-        if not self._missing:
-            if len(self.received) < _BACKLOG:
-                self.received.append(b"".join(self._parts))
-            else:
-                driver.dropped += 1
-            self._parts.clear()
+    def replenish(self) -> None:
+        """Post the receive buffers that there are; those for which others leave no room come next time."""
+        if self.incoming.idle and self.incoming.fill(self._size):
+            self._driver._publish(self.rx)
+
+    def _take(self) -> int:
+        done = self.incoming.reap()
+        if done:
+            self.came(done)
+        return len(done)
+
+    def came(self, done: list[tuple[int, int]]) -> None:
+        """Buffers came back, each with so many bytes written: frames, which go to those that wait to be asked for."""
+        driver = self._driver
+        if driver.features & F.MRG_RXBUF:
+            frames = self._merge(done)
+        else:
+            if min(written for _, written in done) < driver.header:
+                raise driver.headless(min(written for _, written in done))
+            frames = self.incoming.read(done, driver.header)
+        room = _BACKLOG - len(self.received)
+        driver.dropped += max(len(frames) - room, 0)
+        self.received.extend(frames[:room])
+
+    def _merge(self, done: list[tuple[int, int]]) -> list[bytes]:
+        """The frames that are complete, each in as many buffers as its header says (virtio 1.2, 5.1.6.4)."""
+        driver, frames = self._driver, []
+        most = driver.ring(self.rx).queue.num
+        for slot, written in done:
+            start = 0
+            if not self._missing:
+                if written < driver.header:
+                    raise driver.headless(written)
+                start = driver.header
+                self._missing = int.from_bytes(self.data[slot][10:12], "little")
+                if not 0 < self._missing <= most:
+                    raise DeviceBroken(f"{driver.name}: a received frame in {self._missing} buffers of a ring of {most}")
+            self._parts += self.incoming.read([(slot, written)], start)
+            self._missing -= 1
+            if not self._missing:
+                frames.append(b"".join(self._parts))
+                self._parts.clear()
+        return frames
 
 
 class NetDriver(Driver):
@@ -162,7 +161,7 @@ class NetDriver(Driver):
         """Bytes of payload that a frame may have."""
         self.max_frame = self.mtu + SHORTEST + _VLAN
         size = self.header + self.max_frame
-        depth = min(self._num, self._pool.free * 9 // 10 // len(self._pairs) // (-(-size // 64) * 64) * 2 // 3)
+        depth = min(self._num, self._pool.free * 9 // 10 // len(self._pairs) // (-(-size // LINE) * LINE) * 2 // 3)
         if depth < 2:
             raise ValueError(f"{self.name}: a pool of {self._pool.free} bytes has no room for frames of {self.max_frame}")
         for pair in self._pairs:
@@ -199,33 +198,30 @@ class NetDriver(Driver):
         """
         self._need_open()
         over = self._pair(pair)
-        waiting = deque(frames)
+        waiting = list(frames)
         for frame in waiting:
             if not SHORTEST <= len(frame) <= self.max_frame:
                 raise ValueError(f"a frame of {len(frame)} bytes; {self.name} takes {SHORTEST} to {self.max_frame} (MTU {self.mtu})")
-        slots = len(over.idle)
-        while waiting:
-            if not over.idle:
-                self.wait(lambda: bool(over.idle), f"transmission of {len(waiting)} frames", timeout)
-            chains: list[tuple[Segments, Segments, Pending]] = []
-            while waiting and over.idle:
-                frame, slot = waiting.popleft(), over.idle.pop()
-                end = self.header + len(frame)
-                slot.buffer.data[: self.header] = bytes(self.header)
-                slot.buffer.data[self.header : end] = frame
-                chains.append(([(slot.buffer.iova, end)], [], slot))
-            self._post(over.tx, chains)
-        self.wait(lambda: len(over.idle) >= slots, "transmission", timeout)
+        slots, posted = over.outgoing, 0
+        before = slots.idle
+        while posted < len(waiting):
+            if not slots.idle:
+                self.wait(lambda: bool(slots.idle), f"transmission of {len(waiting) - posted} frames", timeout)
+            posted += self._copy(over, waiting, posted)
+        self.wait(lambda: slots.idle >= before, "transmission", timeout)
+
+    def _copy(self, over: Pair, frames: list[bytes], first: int) -> int:
+        """Give the device frames from number *first* on, as many as there is room for; MemoryError when there is none."""
+        copied = over.outgoing.copy(frames, first, self.header)
+        if not copied:
+            raise MemoryError(f"{self.name}: queue {over.tx} took none of {len(frames) - first} frames: it holds other chains")
+        self._publish(over.tx)
+        return copied
 
     def _pair(self, number: int) -> Pair:
         if not 0 <= number < len(self._pairs):
             raise ValueError(f"{self.name}: there is no queue pair {number}, the driver has {len(self._pairs)}")
         return self._pairs[number]
-
-    def _post(self, index: int, chains: list[tuple[Segments, Segments, Pending]]) -> None:
-        """Post chains of one descriptor each, of which there are never more than the ring has entries."""
-        if (posted := self._submit(self.ring(index), chains)) < len(chains):
-            raise MemoryError(f"{self.name}: queue {index} took {posted} of {len(chains)} chains: it holds others")
 
     # Receive -----------------------------------------------------------------------------------------------------------
 
@@ -251,9 +247,11 @@ class NetDriver(Driver):
 
     def _replenish(self) -> None:
         for pair in self._pairs:
-            empty, pair.empty = pair.empty, []
-            if empty:
-                self._post(pair.rx, [([], [(rx.buffer.iova, rx.buffer.size)], rx) for rx in empty])
+            pair.replenish()
+
+    def headless(self, written: int) -> DeviceBroken:
+        """What a buffer is without a whole header in it."""
+        return DeviceBroken(f"{self.name}: a received buffer with {written} bytes, less than a virtio_net_hdr")
 
     # Control ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from ..memory import INTERRUPTS, PAGE, Buffer, Region
 from ..wire import IotlbUpdate, Iova, IovaRange, ProcessAddress
 
-_ALIGN = 64
+LINE = 64
+"""Bytes of a cache line, which no two buffers share."""
 _LOW = 1 << 20
 
 
@@ -32,8 +33,8 @@ class Pool:
         self._taken: dict[int, int] = {}
 
     def take(self, size: int) -> Buffer:
-        """A buffer of *size* bytes, aligned to 64, with whatever was there before; MemoryError when no piece is large enough."""
-        need = -(-size // _ALIGN) * _ALIGN
+        """A buffer of *size* bytes, aligned to LINE, with whatever was there before; MemoryError when no piece is large enough."""
+        need = -(-size // LINE) * LINE
         for at, (start, length) in enumerate(self._free):
             if length >= need:
                 if length == need:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from ..device import Device
-from ..errors import DeviceBroken
 from ..tap import F_CSUM, Tap
 from ..virtio.config import parse_mac
 from ..virtio.features import NetFeature as F
-from .base import LOOK, Options, Pending, Segments, drain
-from .net import WANTED, NetDriver, Pair, RxBuffer
+from .base import LOOK, Options
+from .net import WANTED, NetDriver, Pair
+from .ring import drain
 
 OFFLOADS = F.CSUM | F.GUEST_CSUM
 """Checksums that the receiver makes or need not look at. Frames longer than the MTU are not asked for."""
@@ -49,22 +49,22 @@ class _TapPair(Pair):
 
     _driver: TapDriver
 
-    def came(self, rx: RxBuffer) -> None:
+    def came(self, done: list[tuple[int, int]]) -> None:
         driver = self._driver
-        self.empty.append(rx)
-        if rx.written < driver.header:
-            raise DeviceBroken(f"{driver.name}: a received buffer with {rx.written} bytes, less than a virtio_net_hdr")
-        frame = rx.buffer.data[: rx.written]
-        if not driver.features & F.GUEST_CSUM:
-            frame[:_GSO] = bytes(_GSO)
-        try:
-            os.write(driver.tap.fileno(), frame)
-        except OSError as error:
-            if error.errno not in _LOST:
-                raise driver.gone(error) from None
-            driver.came.dropped += 1
-        else:
-            driver.came.add(rx.written - driver.header)
+        for slot, written in done:
+            if written < driver.header:
+                raise driver.headless(written)
+            frame = self.data[slot][:written]
+            if not driver.features & F.GUEST_CSUM:
+                frame[:_GSO] = bytes(_GSO)
+            try:
+                os.write(driver.tap.fileno(), frame)
+            except OSError as error:
+                if error.errno not in _LOST:
+                    raise driver.gone(error) from None
+                driver.came.dropped += 1
+            else:
+                driver.came.add(written - driver.header)
 
 
 class TapDriver(NetDriver):
@@ -81,8 +81,8 @@ class TapDriver(NetDriver):
 
     def _ready(self) -> None:
         super()._ready()
-        for slot in self._pair(0).idle:
-            slot.buffer.data[: self.header] = bytes(self.header)  # the tap leaves num_buffers as it is
+        for frame in self._pair(0).frames:
+            frame[: self.header] = bytes(self.header)  # the tap leaves num_buffers as it is
         self.tap.set_header(self.header)
         self.tap.set_offload(F_CSUM if self.features & F.CSUM else 0)
         self.tap.set_identity(parse_mac(self.mac) if self.mac else b"", self.mtu)
@@ -95,13 +95,13 @@ class TapDriver(NetDriver):
         for fd in (self.tap.fileno(), stop, *calls):
             poller.register(fd, select.POLLIN)
         wants = select.POLLIN
-        idle = self._pair(0).idle
+        slots = self._pair(0).outgoing
         while True:
             busy = self.poll()
             busy |= self._take()
             if not busy and self._arm():
                 continue
-            if wants != (now := select.POLLIN if idle else 0):
+            if wants != (now := select.POLLIN if slots.idle else 0):
                 poller.modify(self.tap.fileno(), now)
                 wants = now
             ready = {fd for fd, _ in poller.poll(0 if busy else LOOK * 1000)}
@@ -117,25 +117,28 @@ class TapDriver(NetDriver):
 
     def _take(self) -> bool:
         """Give the device what the tap has, as much as there are buffers; False when that is nothing."""
-        chains: list[tuple[Segments, Segments, Pending]] = []
         pair, tap = self._pair(0), self.tap.fileno()
-        idle = pair.idle
-        while idle and len(chains) < _BURST:
-            buffer = idle[-1].buffer
+        sizes: list[int] = []
+        upcoming = pair.outgoing.upcoming(_BURST)
+        while len(sizes) < len(upcoming):
+            frame = pair.frames[upcoming[len(sizes)]]
             try:
-                size = os.readv(tap, (buffer.data, self._too_long))
+                size = os.readv(tap, (frame, self._too_long))
             except BlockingIOError:
                 break
             except OSError as error:
                 raise self.gone(error) from None
-            if size > buffer.size:
+            if size > len(frame):
                 self.sent.dropped += 1
                 continue
-            chains.append(([(buffer.iova, size)], [], idle.pop()))
+            sizes.append(size)
             self.sent.add(size - self.header)
-        if chains:
-            self._post(pair.tx, chains)
-        return bool(chains)
+        if not sizes:
+            return False
+        if (added := pair.outgoing.add(sizes)) < len(sizes):
+            raise MemoryError(f"{self.name}: queue {pair.tx} took {added} of {len(sizes)} frames: it holds other chains")
+        self._publish(pair.tx)
+        return True
 
     def gone(self, error: OSError) -> OSError:
         """What *error* of the tap means."""
