@@ -21,6 +21,9 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFMTU, _SIOCSIFHWADDR = 0x8913, 0x8914, 0x89
 _IFF_UP, _ARPHRD_ETHER = 1, 1
 _NAME_MAX = 15
 
+CONTROLS = (_TUNSETOFFLOAD, _TUNSETVNETHDRSZ, _TUNSETQUEUE, _TUNSETCARRIER)
+"""Requests on an interface that is there, which take no capability."""
+
 F_CSUM = 1
 """TUN_F_CSUM: the reader takes frames whose checksum is yet to be made."""
 F_TSO4, F_TSO6, F_TSO_ECN, F_UFO, F_USO4, F_USO6 = 2, 4, 8, 16, 32, 64

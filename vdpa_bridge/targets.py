@@ -11,6 +11,7 @@
     model:gpio[?lines=8&names=led,button&loop=led:button&control=PATH]
     model:i2c[?devices=eeprom@50:file=PATH;size=256,ram@51,thermometer@48]
     model:vsock?cid=N&uds=PATH[&peers=CID:PATH,CID:PATH]
+    child:...                         the same as model:..., in a sandboxed process of its own [sandbox=degrade|off]
     model:FILE.py[:CLASS][?...]   model:PACKAGE.MODULE:CLASS[?...]   a model of one's own
 
 Rule of this file: the only place where a string decides which home a device has.
@@ -25,9 +26,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from .backends.base import Backend
+from .backends.child import ChildDevice
 from .backends.model import ModelDevice
 from .backends.vhost_net import VhostNet
 from .backends.vhost_user import open_vhost_user
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 GRAMMAR = (
     "a target is /dev/vhost-vdpa-N, vdpa:NAME, vhost-user:PATH[?type=blk&vdpa=require|prefer|off], "
-    "vhost-net:TAP, vhost-vsock:CID, model:blk?file=PATH, model:blk?size=256M or model:net"
+    "vhost-net:TAP, vhost-vsock:CID, model:blk?file=PATH, model:blk?size=256M, model:net or child:net"
 )
 
 _OPTIONS: dict[str, set[str] | None] = {
@@ -54,6 +56,7 @@ _OPTIONS: dict[str, set[str] | None] = {
     "vhost-net": {"mac"},
     "vhost-vsock": set(),
     "model": None,
+    "child": None,
 }
 """Schemes and their options; a model knows its own."""
 
@@ -70,6 +73,10 @@ class Target:
     """What a model is called in messages; by default its target."""
     model: ModelDevice | None = None
     """From the first ``open`` to ``close``, where the target is a model."""
+    _child: ChildDevice | None = None
+    """The same, where that lives in a process of its own."""
+    _made: Model | None = None
+    """From ``make`` to ``open``."""
     _code: ModelCode | None = None
     """The model's, where it is a user's own."""
 
@@ -103,8 +110,16 @@ class Target:
     def _open(self) -> Backend:
         if self.scheme == "model":
             if self.model is None:
-                self.model = ModelDevice(self._make_model(), self.name or self.text)
+                made, self._made = self._made or self._make_model(), None
+                self.model = ModelDevice(made, self.name or self.text)
             return self.model.open()
+        if self.scheme == "child":
+            if self._child is not None and self._child.ended:
+                self._child.close()
+                self._child = None
+            if self._child is None:
+                self._child = self._start_child()
+            return self._child.open()
         if self.scheme == "vhost-user":
             return self._open_socket(self.place)
         if self.scheme == "vhost-net":
@@ -121,6 +136,20 @@ class Target:
         if mode and not stat.S_ISCHR(mode):
             raise ValueError(f"{path} is neither a character device nor a socket; {GRAMMAR}")
         return VhostVdpa(path)
+
+    def _start_child(self) -> ChildDevice:
+        options = dict(self.options)
+        sandbox = options.pop("sandbox", "on")
+        if sandbox not in ("on", "degrade", "off"):
+            raise ValueError(f"{self.text}: sandbox={sandbox}; it is on, degrade or off")
+        query = urlencode(options)
+        return ChildDevice(f"model:{self.place}{'?' if query else ''}{query}", self.name or self.text, sandbox)
+
+    def make(self) -> Model | None:
+        """The model that will be opened, with its files open and without a thread; None where the target is another home. Errors as of ``open``."""
+        if self.scheme == "model" and self.model is None and self._made is None:
+            self._made = self._make_model()
+        return self._made
 
     def _make_model(self) -> Model:
         if not ModelCode.names(self.place):
@@ -143,7 +172,7 @@ class Target:
     def advise(self, error: BaseException) -> None:
         """Note in *error* how to find out more; not for a model, whose errors say all."""
         advice = f"vdpa-bridge explain {shlex.quote(self.text)} says more"
-        if self.scheme != "model" and advice not in getattr(error, "__notes__", ()):
+        if self.scheme not in ("model", "child") and advice not in getattr(error, "__notes__", ()):
             error.add_note(advice)
 
     def examination(self, wishes: Wishes, wrap: Callable[[Backend], Backend] = lambda backend: backend) -> Examination:
@@ -155,7 +184,7 @@ class Target:
         def opener() -> Backend:
             return wrap(self.open())
 
-        if self.scheme in ("model", "vhost-net", "vhost-vsock"):
+        if self.scheme in ("model", "child", "vhost-net", "vhost-vsock"):
             return explain.Examination(opener, wishes)
         if self.scheme == "vdpa":
             return NodeExamination(opener, wishes, name=self.place)
@@ -180,6 +209,12 @@ class Target:
 
     def close(self) -> None:
         """Let a model go; sessions are closed by those who opened them."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+        if self._made is not None:
+            self._made.close()
+            self._made = None
         if self.model is not None:
             self.model.close()
             self.model = None

@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from vdpa_bridge.backends.base import Backend
+from vdpa_bridge.backends.child import ChildDevice
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.backends.relay import relayed
 from vdpa_bridge.backends.vhost_net import VhostNet
@@ -70,8 +71,8 @@ class Home:
     def lives(self) -> tuple[str, tuple[str, ...]]:
         """Where the device lives and how it is reached, in the words of docs/devices.md."""
         make = self.name.partition("-")[0]
-        makes = {"qsd": "qemu-storage-daemon", "sim": "vdpa_sim", "vp": "vp_vdpa", "vduse": "VDUSE", "kernel": f"vhost-{self.kind}"}
-        where = makes.get(make, make) if self.mark and make != "exported" else "model"
+        makes = {"qsd": "qemu-storage-daemon", "sim": "vdpa_sim", "vp": "vp_vdpa", "vduse": "VDUSE", "kernel": f"vhost-{self.kind}", "child": "model in a sandbox"}
+        where = makes.get(make, make) if (self.mark and make != "exported") or make == "child" else "model"
         return where, ("VDUSE",) if make == "exported" else ("legacy",) if "legacy" in self.traits else ("vDPA mode",) if "vhost-user" in self.traits else ()
 
     @property
@@ -124,6 +125,16 @@ def _legacy(kind: str) -> Iterator[Opener]:
 def _relayed(kind: str) -> Iterator[Opener]:
     with _in_process(kind) as opener:
         yield lambda: relayed(opener())
+
+
+@contextmanager
+def _child(kind: str) -> Iterator[Opener]:
+    """In a sandbox, in a process of its own."""
+    child = ChildDevice(f"model:{kind}?{urlencode(OPTIONS[kind])}", f"child:{kind}", timeout=TIMEOUT)
+    try:
+        yield child.open
+    finally:
+        child.close()
 
 
 _CHILD = """
@@ -274,6 +285,7 @@ HOMES: list[Home] = [
     *_both("vdpa", _vdpa, ("vhost-user",)),
     *_both("legacy", _legacy, ("vhost-user", "legacy")),
     *_both("relay", _relayed),
+    *_both("child", _child),
     Home("process", "blk", _process, ("vhost-user",)),
     Home("qsd", "blk", _storage_daemon, ("vhost-user", "legacy", "qemu-storage-daemon"), "peers", _needs_storage_daemon),
     *_both("sim", _kernel("SIM"), (), "lab", needs=_needs_node("SIM")),

@@ -66,7 +66,7 @@ def open_vhost_user(
 class VhostUserVdpa(Backend):
     """One session in vDPA mode. Takes over the connection, which has asked for features and protocol features only."""
 
-    traits = ("vhost-user",)
+    traits: tuple[str, ...] = ("vhost-user",)
 
     def __init__(self, connection: Connection) -> None:
         self.name = connection.name

@@ -19,7 +19,7 @@ import click
 
 from . import Program
 from .common import Command, Trace, trace_option
-from .serve import run, service_options
+from .serve import run, sandbox_option, service_options
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,7 @@ def _command(back_end: BackEnd) -> click.Command:
         timeout: float,
         log_format: str,
         verbose: bool,
+        sandbox: str,
         trace: Trace,
         **device: str | None,
     ) -> int:
@@ -230,7 +231,7 @@ def _command(back_end: BackEnd) -> click.Command:
         def tell(text: str, *, event: str, **facts: object) -> None:
             log(logging.INFO, event, text, back_end.kind)
 
-        return run(checked([spec]), [(spec.name, fd)] if fd is not None else [], tell, trace, log_format, verbose)
+        return run(checked([spec]), [(spec.name, fd)] if fd is not None else [], tell, trace, log_format, verbose, sandbox)
 
     params: list[click.Parameter] = [
         click.Option(["--socket-path"], metavar="PATH", help="Where to listen, for client after client; a stale socket there is replaced."),
@@ -252,7 +253,7 @@ def _command(back_end: BackEnd) -> click.Command:
         examples=back_end.examples,
         capabilities=back_end.capabilities(),
     )
-    command: click.Command = build(service_options(trace_option(serve)))
+    command: click.Command = build(sandbox_option("on")(service_options(trace_option(serve))))
     return command
 
 

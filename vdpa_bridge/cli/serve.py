@@ -8,6 +8,8 @@ there.
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +45,17 @@ class _Parsed(IntType):
             return parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+def sandbox_option(default: str) -> Callable[[F], F]:
+    """``--sandbox``, for programs that close it by default, and for those that do not."""
+    return click.option(
+        "--sandbox",
+        type=click.Choice(["on", "off", "degrade", "show"]),
+        default=default,
+        show_default=True,
+        help="Close the process in (docs/sandbox.md): or fail, not at all, as far as the kernel can; or print what would stay open.",
+    )
 
 
 def service_options(function: F) -> F:
@@ -95,6 +108,7 @@ vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do
 )
 @click.option("--keep-going", is_flag=True, help="Serve the others when one device or socket cannot be had; try the device again for each client.")
 @click.option("--reload", "live", is_flag=True, help="Load models of your own (model:FILE.py) anew when their files change; drivers go on with them.")
+@sandbox_option("off")
 @service_options
 @common_options
 def command(
@@ -109,6 +123,7 @@ def command(
     timeout: float,
     keep_going: bool,
     live: bool,
+    sandbox: str,
     log_format: str,
     verbose: bool,
     output: Output,
@@ -129,7 +144,9 @@ def command(
         raise click.UsageError("nothing to serve: give a TARGET, PATH=TARGET words or --config")
     specs = checked(specs)
     passed = passed_fds() + ([(specs[0].name, fd)] if fd is not None else [])
-    return run(specs, passed, output.event, trace, log_format, verbose, keep_going=keep_going, live=live)
+    if sandbox != "off" and (keep_going or live):
+        raise click.UsageError(f"--{'keep-going' if keep_going else 'reload'} opens files later, which --sandbox forbids")
+    return run(specs, passed, output.event, trace, log_format, verbose, sandbox, keep_going=keep_going, live=live)
 
 
 def run(
@@ -139,25 +156,41 @@ def run(
     trace: Trace,
     log_format: str,
     verbose: bool,
+    sandbox: str,
     *,
     keep_going: bool = False,
     live: bool = False,
 ) -> int:
     """Serve *specs*, which are ``checked``, with the sockets *passed* (name, descriptor); the exit status.
 
-    *tell* hears, as a text and as facts, that clients can come, and what ended it.
+    *tell* hears, as a text and as facts, that clients can come, and what ended it. *sandbox*: on, off, degrade or show.
     """
-    from ..service.journal import Journal
+    from ..service import sandboxed
+    from ..service.journal import Journal, event
     from ..service.manager import Notifier, assign
     from ..service.service import Interrupted, Service, Signals
 
     inherited = assign(passed, specs)
     traced = len(specs) > 1  # lines then say whose they are
     notifier = Notifier()
-    with Journal(sys.stderr, log_format, verbose), Signals() as signals:
-        service = Service(
-            specs, inherited, notifier, wrap=lambda backend, name: trace.wrap(backend, name if traced else ""), keep_going=keep_going, live=live
-        )
+    journal = Journal(sys.stderr, log_format, verbose)
+    service = Service(
+        specs, inherited, notifier, wrap=lambda backend, name: trace.wrap(backend, name if traced else ""), keep_going=keep_going, live=live
+    )
+    if sandbox == "show":
+        click.echo(json.dumps(sandboxed.show(service), indent=2))
+        return 0
+    try:
+        lacks = sandboxed.enter(service, notifier, journal, sandbox) if sandbox != "off" else []
+    except Interrupted as interrupted:
+        with journal:
+            tell(f"stopped by {interrupted.signal.name}", event="stopped", connections=0)
+        return 0
+    if isinstance(lacks, int):  # this is the process outside, and all is over
+        return lacks
+    with journal, Signals() as signals:
+        for lack in lacks:
+            event(logging.WARNING, "degraded", str(lack))
         try:
             service.start(signals)
             _announce(service.servers, tell)

@@ -24,3 +24,7 @@ class Needs:
     """Sockets of the network, opened later."""
     io_uring: bool = False
     """The io_uring system calls."""
+    controls: tuple[int, ...] = ()
+    """Requests by ioctl(2) on descriptors that it has."""
+    memory: int = 256 << 20
+    """Bytes of heap and stacks beyond what the process has when the model is made. What it shares with drivers does not count."""

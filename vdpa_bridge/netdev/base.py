@@ -41,6 +41,8 @@ class Netdev(ABC):
     """Whether somebody is there."""
     reaches: tuple[str, ...] = ()
     """Sockets that are connected to later."""
+    controls: tuple[int, ...] = ()
+    """Requests by ioctl(2) on what it has open."""
     capture: Capture | None = None
     """What notes the frames that pass; closed with this one."""
     leaving: Callable[[int], None] = staticmethod(lambda fd: None)

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 
+from ..service.listening import SocketFile
 from .base import BATCH, LONGEST, PLAIN, SHORTEST, Netdev
 
 _BUFFER = 1 << 20
@@ -27,12 +28,12 @@ class DgramNetdev(Netdev):
         self._local, self._remote = local, remote
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._peer = ""
-        self._bound = False
+        self._file: SocketFile | None = None
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
             self._clear()
             self._sock.bind(local)
-            self._bound = True
+            self._file = SocketFile(local)
         except OSError as error:
             self.close()
             raise OSError(error.errno, f"cannot bind {local}: {error.strerror or error}") from None
@@ -94,7 +95,5 @@ class DgramNetdev(Netdev):
     def close(self) -> None:
         """The file goes as well."""
         self._sock.close()
-        if self._bound:
-            self._bound = False
-            with contextlib.suppress(OSError):
-                os.unlink(self._local)
+        if self._file is not None:
+            self._file.remove()

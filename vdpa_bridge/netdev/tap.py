@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ..tap import F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, F_UFO, F_USO4, F_USO6, Tap
+from ..tap import CONTROLS, F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, F_UFO, F_USO4, F_USO6, Tap
 from ..virtio.features import NetFeature as F
 from .base import BATCH, HEADER, LONGEST, SHORTEST, Netdev
 
@@ -40,6 +40,7 @@ class TapNetdev(Netdev):
     def __init__(self, name: str, queues: int = 1, mtu: int = 0) -> None:
         """*mtu* is given to an interface that is made here. OSError with what to type, ValueError for what is no name."""
         super().__init__()
+        self.controls = CONTROLS
         self.queues = queues
         self._tap = Tap(name, queues)
         try:

@@ -160,8 +160,9 @@ class Journal:
         LOGGER.handlers[:], level = self._before
         LOGGER.setLevel(level)
         ending = threading.Thread(target=self._end, name="end of the log", daemon=True)
-        ending.start()
-        ending.join(_PATIENCE)
+        with contextlib.suppress(RuntimeError):  # no thread can be had any more, nor time for the last lines
+            ending.start()
+            ending.join(_PATIENCE)
 
     def _end(self) -> None:
         with contextlib.suppress(queue.Full):  # then its reader is stuck: the lines that wait end with the process

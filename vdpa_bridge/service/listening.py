@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,14 +42,41 @@ class PeerCredentials(NamedTuple):
         return cls(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
+class SocketFile:
+    """The file at *path*, which this process has just made by bind(2). Whoever has it keeps this object."""
+
+    def __init__(self, path: str) -> None:
+        self._path: str | None = path
+        self._identity = _identity(path)
+        _MADE.add(self)
+
+    def leave(self) -> None:
+        """Let somebody else remove it."""
+        self._path = None
+
+    def remove(self) -> None:
+        """Take it away if it is still this one; harmless when done before."""
+        if self._path is not None and self._identity == _identity(self._path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+        self._path = None
+
+
+_MADE: weakref.WeakSet[SocketFile] = weakref.WeakSet()
+
+
+def files_made() -> list[SocketFile]:
+    """Those that are kept, those of models among them."""
+    return [*_MADE]
+
+
 class Listener:
     """A Unix socket that is listened on, or one that was taken over with its client. *place* is how to call it."""
 
     def __init__(self, sock: socket.socket, place: str, path: str | None = None) -> None:
         self.sock = sock
         self.place = place
-        self._path = path
-        self._file = _identity(path) if path is not None else None
+        self._file = SocketFile(path) if path is not None else None
 
     @classmethod
     def bind(cls, path: str, mode: int = 0o600, group: int | None = None) -> Listener:
@@ -82,13 +110,14 @@ class Listener:
 
     @classmethod
     def adopt(cls, fd: int, origin: str) -> Listener:
-        """Take over descriptor *fd*, to be closed here from now on; ValueError unless it is a Unix stream socket that listens or is connected, and it stays open."""
+        """Take over descriptor *fd*, to be closed here from now on; ValueError, and it stays open, unless it is a Unix stream socket that listens or is connected, or a connected SOCK_SEQPACKET."""
         try:
             sock = socket.socket(fileno=fd)
         except OSError as error:
             raise ValueError(f"{origin}: {error.strerror}; it must be a Unix socket that listens or is connected") from None
         kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        if sock.family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not (_listens(sock) or _is_connected(sock)):
+        known = _is_connected(sock) or (_listens(sock) and kind == socket.SOCK_STREAM)
+        if sock.family != socket.AF_UNIX or kind not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET) or not known:
             sock.detach()
             raise ValueError(f"{origin} is no Unix stream socket that listens or is connected")
         os.set_inheritable(fd, False)
@@ -101,12 +130,15 @@ class Listener:
         name = self.sock.getsockname()
         return "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else str(name)
 
+    @property
+    def has_client(self) -> bool:
+        """Whether the socket was taken over with its only client, or with the only one who brings clients."""
+        return not _listens(self.sock)
+
     def remove(self) -> None:
         """Remove the socket file, if there is one and it is still ours; harmless when done before."""
-        if self._path is not None and self._file == _identity(self._path):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
-        self._path = None
+        if self._file is not None:
+            self._file.remove()
 
     def close(self) -> None:
         """Remove the file and close; harmless when done before."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from ..backends.base import Backend
 from ..backends.relay import relayed
+from ..models import Model
 from ..targets import Target
 from ..vhost_user.server import Server
 from .journal import CONTEXT, event
@@ -19,6 +20,9 @@ from .spec import DeviceSpec
 
 Wrap = Callable[[Backend, str], Backend]
 """What to put around each session with a device, given the device's name: a tracer, for one."""
+
+Identify = Callable[[socket.socket], PeerCredentials]
+"""Says who is at the other end."""
 
 
 class ServedDevice:
@@ -29,6 +33,13 @@ class ServedDevice:
         self._target = Target.parse(spec.target, spec.name)
         self._wrap = wrap
         self._first: Backend | None = None
+
+    def make(self) -> Model:
+        """The device's model, with its files open. ValueError when it is no model, which a sandbox could not open later."""
+        model = self._target.make()
+        if model is None:
+            raise ValueError(f"--sandbox is for models: {self.spec.target} is opened anew for each client; serve it by a process of its own")
+        return model
 
     def prepare(self) -> None:
         """Open the device for the first client; what cannot be opened shows now."""
@@ -63,7 +74,7 @@ class ServedDevice:
 class ServiceServer(Server):
     """The server of one device. In its thread, *on_client* is called after a client came or went, *on_end* when nobody else can come."""
 
-    def __init__(self, device: ServedDevice, listener: Listener, on_client: Callable[[], None], on_end: Callable[[], None]) -> None:
+    def __init__(self, device: ServedDevice, listener: Listener, identify: Identify, on_client: Callable[[], None], on_end: Callable[[], None]) -> None:
         spec = device.spec
         super().__init__(device.open, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout, relay=spec.relay == "auto")
         self.device = device
@@ -72,7 +83,7 @@ class ServiceServer(Server):
         """The client that is being served."""
         self.ended = False
         """Whether the only client is gone."""
-        self._on_client, self._on_end = on_client, on_end
+        self._identify, self._on_client, self._on_end = identify, on_client, on_end
 
     @property
     def relayed(self) -> str:
@@ -90,7 +101,7 @@ class ServiceServer(Server):
 
     def attend(self, client: socket.socket | None) -> None:
         """Note who it is."""
-        self.peer = CONTEXT.peer = None if client is None else PeerCredentials.of(client)
+        self.peer = CONTEXT.peer = None if client is None else self._identify(client)
         self._on_client()
 
     def tell(self, level: int, name: str, why: str = "", **more: object) -> None:

@@ -20,14 +20,15 @@ from types import FrameType
 from typing import Self
 
 from ..errors import ProtocolError, reason
+from ..models import Model
 from .journal import CONTEXT, event
-from .listening import Listener
+from .listening import Listener, PeerCredentials
 from .manager import Notifier
-from .server import ServedDevice, ServiceServer, Wrap
+from .server import Identify, ServedDevice, ServiceServer, Wrap
 from .spec import DeviceSpec
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-_GRACE = 5.0
+GRACE = 5.0
 """Seconds for devices to be given back; what takes longer is left to the end of the process."""
 _RELOAD = 5.0
 """Seconds after which a reload that hangs in a device's file is reported."""
@@ -52,11 +53,13 @@ class Signals:
 
     def __enter__(self) -> Self:
         self._interruptible = False
+        handled = (*STOP, signal.SIGHUP, signal.SIGUSR1)
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(self._read, True)
-        self._before = {number: signal.signal(number, self._handle) for number in (*STOP, signal.SIGHUP, signal.SIGUSR1)}
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._hook, threading.excepthook = threading.excepthook, self._died
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)  # by whoever started us
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -120,10 +123,11 @@ class Service:
         live: bool = False,
     ) -> None:
         self._specs = specs
-        self._inherited = inherited
+        self._listeners = inherited
         self._notifier = notifier
         self._keep_going = keep_going
         self._devices = [ServedDevice(spec, wrap) for spec in specs]
+        self._identify: Identify = PeerCredentials.of
         self.servers: list[ServiceServer] = []
         self._live = live
         self._stopping = threading.Event()
@@ -132,6 +136,27 @@ class Service:
     def served(self) -> int:
         """Connections that ended so far, of all devices."""
         return sum(server.served for server in self.servers)
+
+    def make(self, signals: Signals) -> list[Model]:
+        """The models, with all open that they have to open, and no thread yet. ValueError when a device is none; else as ``start``."""
+        _use_all_descriptors()
+        with signals.interruptible():
+            return [device.make() for device in self._devices]
+
+    def listen(self) -> list[Listener]:
+        """Have all sockets. OSError as of the first that fails."""
+        for spec in self._specs:
+            if spec.name not in self._listeners:
+                try:
+                    self._listeners[spec.name] = Listener.bind(spec.socket_path or "", spec.mode, spec.group)
+                except OSError as error:
+                    self._failed(spec, error)
+        return [*self._listeners.values()]
+
+    def confide(self, notifier: Notifier, identify: Identify) -> None:
+        """From now on, others speak with the service manager, and know who clients are."""
+        self._notifier.close()
+        self._notifier, self._identify = notifier, identify
 
     def start(self, signals: Signals) -> None:
         """Open all devices, then all sockets, then serve. Errors as of the first that fails; Interrupted."""
@@ -142,14 +167,10 @@ class Service:
                     device.prepare()
                 except (OSError, ProtocolError) as error:
                     self._failed(device.spec, error)
+        self.listen()
         for device in self._devices:
-            spec = device.spec
-            try:
-                listener = self._inherited.pop(spec.name, None) or Listener.bind(spec.socket_path or "", spec.mode, spec.group)
-            except OSError as error:
-                self._failed(spec, error)
-                continue
-            self.servers.append(ServiceServer(device, listener, self._tell, signals.ended))
+            if (listener := self._listeners.pop(device.spec.name, None)) is not None:
+                self.servers.append(ServiceServer(device, listener, self._identify, self._tell, signals.ended))
         if not self.servers:
             raise OSError(errno.ENODEV, "no device is left to serve")
         for server in self.servers:
@@ -197,10 +218,10 @@ class Service:
         servers = {server.device: server for server in self.servers}
         for server in self.servers:
             server.listener.remove()
-        left = _all_at_once({device.spec.name: _Ending(device, servers.get(device)) for device in self._devices}, _GRACE)
+        left = _all_at_once({device.spec.name: _Ending(device, servers.get(device)) for device in self._devices}, GRACE)
         for name in left:
-            event(logging.ERROR, "stuck", f"not given back within {_GRACE:g} s; the end of this process will do it", device=name)
-        for listener in self._inherited.values():
+            event(logging.ERROR, "stuck", f"not given back within {GRACE:g} s; the end of this process will do it", device=name)
+        for listener in self._listeners.values():
             listener.close()
         return not left
 
@@ -268,12 +289,16 @@ def _all_at_once(tasks: dict[str, _Ending] | dict[str, _Refreshing], patience: f
         tasks[name]()
 
     threads = {name: threading.Thread(target=run, args=(name,), name=f"task for {name}", daemon=True) for name in tasks}
-    for thread in threads.values():
-        thread.start()
+    left = []
+    for name, thread in threads.items():
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be had any more
+            left.append(name)
     end = time.monotonic() + patience
-    for thread in threads.values():
-        thread.join(max(0.0, end - time.monotonic()))
-    return [name for name, thread in threads.items() if thread.is_alive()]
+    for name in threads.keys() - left:
+        threads[name].join(max(0.0, end - time.monotonic()))
+    return left + [name for name, thread in threads.items() if thread.is_alive()]
 
 
 def _count(number: int, what: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 VDPA_MODES = ("require", "prefer", "off")
 RELAY_MODES = ("auto", "on", "off")
 _KEYS = ("target", "socket-path", "socket-mode", "socket-group", "vdpa", "relay", "timeout", "name")
-_SCHEME = re.compile(r"(model|vdpa|vhost-user):")
+_SCHEME = re.compile(r"(model|child|vdpa|vhost-user):")
 _LONGEST_PATH = 107
 """Bytes of sun_path without its final zero (unix(7))."""
 _TIMEOUT = 0.1, 3600.0

@@ -45,7 +45,7 @@ _SILENCE = 1.0
 class Server:
     """Serves the device that *open_device* opens, to whoever connects to *path* (or to the listening socket *sock*).
 
-    A *sock* that is connected already brings the only client.
+    A *sock* that is connected already brings the only client, or one after the other as descriptors (SOCK_SEQPACKET).
 
     Each connection opens the device anew and closes it at its end. *timeout* in seconds: how long a client may stop
     in the middle of a message, or leave replies unread. *relay*: see ``Session``.
@@ -70,6 +70,7 @@ class Server:
         self._own_path = sock is None
         self._listener = sock if sock is not None else _listen(path)
         self._listens = bool(self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        self._brings = self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_SEQPACKET
         self._client: socket.socket | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -87,12 +88,12 @@ class Server:
 
     def run(self) -> None:
         """Serve until ``stop``, or until the only client is gone."""
-        if not self._listens:
+        if not self._listens and not self._brings:
             self._serve_and_close(self._listener)
             return
         while not self._stopping.is_set():
             try:
-                client, _ = self._listener.accept()
+                client = self._brought() if self._brings else self._listener.accept()[0]
             except OSError as error:
                 if self._stopping.is_set():
                     return
@@ -101,7 +102,18 @@ class Server:
                 _log.warning("%s: a client has to wait: %s", self.path, reason(error))
                 self._stopping.wait(_PAUSE)
                 continue
+            if client is None:
+                return
             self._serve_and_close(client)
+
+    def _brought(self) -> socket.socket | None:
+        """The next client that whoever is at the other end of our socket passes; None when nobody is any more."""
+        while True:
+            data, fds, _, _ = socket.recv_fds(self._listener, 64, 1)
+            if not data:
+                return None
+            if fds:
+                return socket.socket(fileno=fds[0])
 
     def _serve_and_close(self, client: socket.socket) -> None:
         with client:

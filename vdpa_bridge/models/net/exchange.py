@@ -44,7 +44,7 @@ class Exchange:
         self.wire = wire
         self._sources, self._control, self._changed = sources, control, changed
         self.features = wire.offloads | F.MRG_RXBUF | F.CTRL_RX | F.CTRL_RX_EXTRA | F.CTRL_VLAN | F.GUEST_ANNOUNCE
-        self.reaches = wire.reaches
+        self.reaches, self.controls = wire.reaches, wire.controls
         self.sent, self.received = Tally(), Tally()
         self._up = True
         self._accepted = 0

@@ -32,6 +32,7 @@ class Loopback:
     features = 0
     link = True
     reaches: tuple[str, ...] = ()
+    controls: tuple[int, ...] = ()
 
     def __init__(self, control: Control) -> None:
         self._control = control

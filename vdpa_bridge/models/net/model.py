@@ -43,6 +43,8 @@ class DataPath(Protocol):
     """What it can do, beyond what every device does (NetFeature)."""
     reaches: tuple[str, ...]
     """Sockets that it connects to later."""
+    controls: tuple[int, ...]
+    """See ``Needs``."""
 
     @property
     def link(self) -> bool:
@@ -105,7 +107,7 @@ class NetModel(Model):
             self.sources = Sources()
             self.path = Exchange(wire, self.sources, self.control, self._link_changed)
         self.path.set_link(up)
-        self.needs = Needs(connect=self.path.reaches)
+        self.needs = Needs(connect=self.path.reaches, controls=self.path.controls)
         self.features |= self.path.features
         if pairs > 1:
             self.features |= F.MQ
