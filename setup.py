@@ -19,7 +19,7 @@ setup(
                 define_macros=[("_GNU_SOURCE", "1")],
                 extra_compile_args=C_FLAGS,
             ),
-            Extension("vdpa_bridge.vhost_user.framing", sources=["vdpa_bridge/vhost_user/framing.pyx"], extra_compile_args=C_FLAGS),
+            Extension("vdpa_bridge.vhost_user.*", sources=["vdpa_bridge/vhost_user/*.pyx"], extra_compile_args=C_FLAGS),
         ],
         build_dir="build",
         language_level=3,

@@ -25,15 +25,12 @@ from ..backends.base import Backend
 from ..errors import PeerClosed, ProtocolError, RemoteProtocolError, reason
 from .framing import MAX_FDS, Receiver, close_all
 from .messages import message_name
+from .recvmsg import CHUNK, receive
 from .session import Session
 from .vdpa_mode import MAX_PAYLOAD, fds_wanted
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 65536
-_ANCILLARY = socket.CMSG_SPACE(4 * MAX_FDS)
-_CUT = int(socket.MSG_CTRUNC)
-"""A plain number: each ``&`` with the enumeration that it is of would run a page of Python code, once a message."""
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR}
 """What can be wrong with accept today and right tomorrow: other devices and their clients share our limits."""
 _PAUSE = 0.1
@@ -74,7 +71,6 @@ class Server:
         self._client: socket.socket | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._view = memoryview(bytearray(_CHUNK))
         self.session: Session | None = None
         """That of the client that is being served."""
         self.served = 0
@@ -209,36 +205,35 @@ class Server:
             self.tell(level, name, why, mode=session.mode, seconds=round(time.monotonic() - start, 3))
 
     def _converse(self, client: socket.socket, session: Session, receiver: Receiver) -> None:
-        view, flags = [self._view], int(socket.MSG_CMSG_CLOEXEC)
+        sock = client.fileno()
         while True:
-            if receiver.partial and not _readable([client.fileno()], self._timeout):
+            if receiver.partial and not _readable([sock], self._timeout):
                 raise RemoteProtocolError(f"a message did not end within {self._timeout:g} s")
             if (event := session.event) >= 0:
-                sources = [client.fileno(), event]
+                sources = [sock, event]
                 ready = _readable(sources, _SILENCE) or self._silent(session, sources)
                 if event in ready:
                     session.on_event()
-                if client.fileno() not in ready:
+                if sock not in ready:
                     continue
             try:
-                count, ancillary, got, _ = client.recvmsg_into(view, _ANCILLARY, flags)
+                data, fds, lost = receive(sock, MAX_FDS)
             except BlockingIOError:
-                self._silent(session, [client.fileno()])
+                self._silent(session, [sock])
                 continue
             except ConnectionResetError:
-                count, ancillary, got = 0, [], 0
-            fds = _descriptors(ancillary) if ancillary else []
-            if got & _CUT:
+                data, fds, lost = b"", [], False
+            if lost:
                 close_all(fds)
                 if len(fds) < MAX_FDS:
                     raise OSError(errno.EMFILE, f"descriptors were lost, {len(fds)} came: this process has no room for more (RLIMIT_NOFILE)")
                 raise RemoteProtocolError(f"more than {MAX_FDS} descriptors with one message")
-            if not count:
+            if not data:
                 close_all(fds)
                 if receiver.partial:
                     raise RemoteProtocolError("the client hung up in the middle of a message")
                 raise PeerClosed("the client hung up")
-            receiver.feed(self._view[:count], fds, cut=count == _CHUNK)
+            receiver.feed(data, fds, cut=len(data) == CHUNK)
             replies = b""
             try:
                 while (message := receiver.next()) is not None:
@@ -279,14 +274,6 @@ def _send(client: socket.socket, data: bytes) -> None:
             raise RemoteProtocolError("the client does not read its replies") from None
         except (BrokenPipeError, ConnectionResetError):
             raise PeerClosed("the client hung up without reading its replies") from None
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds: list[int] = []
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds += struct.unpack_from(f"{len(data) // 4}i", data)
-    return fds
 
 
 def _listen(path: str) -> socket.socket:
