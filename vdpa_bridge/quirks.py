@@ -134,6 +134,13 @@ QUIRKS = (
         "the new one is signalled when it comes while the ring runs",
     ),
     Quirk(
+        "interrupts of lines unoffered",
+        "vhost-user-gpio of QEMU, a client",
+        "7.2",
+        "does not offer VIRTIO_GPIO_F_IRQ to its guest",
+        "the guest has lines without interrupts",
+    ),
+    Quirk(
         "a page of configuration",
         "vp_vdpa",
         "Linux 6.12",

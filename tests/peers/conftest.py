@@ -48,3 +48,9 @@ def packet_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def vsock_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Connects stdin and stdout with an AF_VSOCK socket, or is the other end."""
     return _static_program("vsock_cat.c", tmp_path_factory.mktemp("vsock"))
+
+
+@pytest.fixture(scope="session")
+def lines_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Uses GPIO lines and I2C buses by their character devices."""
+    return _static_program("lines.c", tmp_path_factory.mktemp("lines"))

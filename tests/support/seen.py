@@ -39,6 +39,7 @@ WORDS = {
     "memory hotplug": "memory added while rings run",
     "IOMMU": "addresses translated by a virtual IOMMU, misses answered",
     "successor": "the next client is served after this one is killed or vanishes",
+    "events": "what happens outside reaches the client unasked: edges of lines",
     "doorbell": "kicks by a store into a page of the device",
     "tap": "an interface of this system: frames of its network stack and the answers",
     "vDPA mode": "operations verbatim (VHOST_USER_PROTOCOL_F_VDPA)",
