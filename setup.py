@@ -14,7 +14,7 @@ setup(
             Extension(
                 "vdpa_bridge._virtqueue",
                 sources=["vdpa_bridge/_virtqueue.pyx", *sorted(glob("userspace/src/*.c"))],
-                depends=["vdpa_bridge/_virtqueue.pxd", *sorted(glob("userspace/include/*.h"))],
+                depends=[*sorted(glob("vdpa_bridge/*.px[di]")), *sorted(glob("userspace/include/*.h"))],
                 include_dirs=["userspace/include"],
                 define_macros=[("_GNU_SOURCE", "1")],
                 extra_compile_args=C_FLAGS,

@@ -147,6 +147,9 @@ class DeviceQueue:
     def disable_kick(self) -> None:
         """Tell the driver that kicks are not needed (a hint: some may still come)."""
     @property
+    def patient(self) -> bool:
+        """Whether it was made with `wait`."""
+    @property
     def waits(self) -> bool:
         """Whether the last call found memory missing; `misses` looks again."""
     def misses(self) -> list[tuple[int, int]]:
@@ -334,3 +337,87 @@ def ring_layout(num: int, table_entries: int = 0, packed: bool = False) -> tuple
 
     Of a packed ring `avail` and `used` are the event suppression structures of driver and device.
     """
+
+@final
+class Gate:
+    """A device's lock: recursive, and closed to loops (`Loop`) while it is held, which then have no chain in hand.
+
+    Entering waits for what loops have in flight. Synchronization: any thread.
+    """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: object, value: object, trace: object) -> None: ...
+
+class Engine:
+    """Serves one queue of a device, or a few that belong together; made by its subclasses. What it has and has not is up to these.
+
+    Synchronization: everything is used with the device's gate held.
+    """
+
+    served: range
+    """Indices of its queues."""
+    thread: int
+    """Which of the device's loops it runs in."""
+    @property
+    def in_flight(self) -> int:
+        """Requests that are under way outside; 0 while the gate is held."""
+
+@final
+class BlkEngine(Engine):
+    """Reads, writes and flushes of a disk's queue on a file (userspace/include/blk_engine.h)."""
+
+    capacity: int
+    """Sectors of 512 bytes."""
+    def __init__(
+        self,
+        index: int,
+        file: int,
+        capacity: int,
+        *,
+        medium: str = "cached",
+        direct: int = -1,
+        align: int = 512,
+        readonly: bool = False,
+        stable_writes: bool = False,
+        io_uring: bool = True,
+        depth: int = 128,
+        thread: int = 0,
+    ) -> None:
+        """For queue *index*. *file* and *direct* are descriptors that outlive the engine.
+
+        *medium*: "cached" for files, "resident" for those in memory, "direct" to pass by the page cache with the descriptor *direct*
+        (opened with O_DIRECT) for what is aligned to *align* bytes, "null" for no file: reads give zeroes. *stable_writes* for a
+        driver without VIRTIO_BLK_F_FLUSH. At most *depth* requests are in flight, a power of 2; *io_uring* False keeps them in the
+        loop's thread, as where the kernel has no io_uring. ValueError for what does not fit.
+        """
+    @property
+    def io_uring(self) -> bool:
+        """Whether requests that would wait go through io_uring."""
+    @property
+    def failure(self) -> int:
+        """errno of the first request that failed after it was put in flight, or 0."""
+
+@final
+class Loop:
+    """A thread's worth of engines of one device. Synchronization: with the gate held, `run` excepted."""
+
+    def __new__(cls, gate: Gate) -> Self: ...
+    def run(self) -> Engine | None:
+        """Serve until an engine needs its model, which is left alone until `look`; None once closed. Without the gate, in one thread."""
+    def attach(self, engine: Engine, index: int, queue: DeviceQueue, kick: int = -1, call: int = -1) -> None:
+        """Serve the device's queue *index*, one of the engine's, from now on. The eventfds stay open until it is detached.
+
+        ValueError: it is served already, or not the engine's. OSError: its kicks cannot be waited for.
+        """
+    def detach(self, engine: Engine, index: int) -> None:
+        """Serve that queue no more."""
+    def look(self, engine: Engine) -> None:
+        """Look at an engine's queues without a kick; nothing for one that has none here."""
+    def set_call(self, engine: Engine, index: int, call: int) -> None:
+        """Interrupt the driver by another eventfd, or by none (-1)."""
+    def pause(self, paused: bool = True) -> None:
+        """Leave all queues alone, or serve them again."""
+    def close(self) -> None:
+        """Let `run` return None."""
+    def free(self) -> None:
+        """Give its descriptors back, after `run` has returned None; harmless when done before."""

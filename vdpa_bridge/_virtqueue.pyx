@@ -4,8 +4,8 @@
 
 Rule: convert and check Python values, keep what C points into alive, hold no ring logic. Batches cross once. The GIL is
 released for file I/O only: everything else is shorter than giving it up and taking it back. The C declarations and the
-fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_virtqueue_memory.pxi`, slots in
-`_virtqueue_slots.pxi`.
+fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_virtqueue_memory.pxi`, slots,
+relays and engines in files of theirs.
 """
 
 cimport cython
@@ -303,6 +303,10 @@ cdef class DeviceQueue:
         vq_device_disable_kick(&self.vq)
 
     @property
+    def patient(self):
+        return self.vq.config.wait
+
+    @property
     def waits(self):
         return self.vq.missing != 0
 
@@ -455,44 +459,10 @@ cdef class DriverQueue:
 include "_virtqueue_slots.pxi"
 
 
-KICK, CALL, AGAIN, MOVED = RELAY_KICK, RELAY_CALL, RELAY_AGAIN, RELAY_MOVED
-
-
-@cython.final
-cdef class Relay:
-    def __cinit__(self, DeviceQueue source not None, DriverQueue to not None, IovaMap places not None):
-        cdef int error = -relay_init(&self.core, &source.vq, &to.vq, &places.map)
-        if error == EINVAL:
-            raise ValueError(f"a ring of {to.num} entries behind one of {source.num}")
-        if error:
-            raise MemoryError
-        self.source, self.to, self.places = source, to, places
-
-    def __dealloc__(self):
-        relay_destroy(&self.core)
-
-    def move(self, bint take=True):
-        cdef int due
-        self.source.memory.busy += 1
-        self.places.busy += 1
-        with nogil:
-            due = relay_move(&self.core, take)
-        self.source.memory.busy -= 1
-        self.places.busy -= 1
-        if due < 0:
-            raise broken_error(&self.to.vq.fault if self.source.vq.fault.code == VQ_OK else &self.source.vq.fault)
-        return due
-
-    @property
-    def open(self):
-        return relay_open(&self.core)
-
-    @property
-    def base(self):
-        cdef uint32_t base = 0
-        return base if relay_base(&self.core, &base) else None
-
-
 def ring_layout(num, table_entries=0, bint packed=False):
     cdef vq_layout_t layout = checked_layout(checked_num(num, packed), table_entries, packed)
     return layout.desc, layout.avail, layout.used, layout.tables, layout.size
+
+
+include "_virtqueue_relay.pxi"
+include "_virtqueue_engine.pxi"

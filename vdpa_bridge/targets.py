@@ -6,7 +6,7 @@
     vhost-user:PATH[?type=blk&vdpa=prefer|require|off&timeout=5&queue-size=256&config-size=8]
     vhost-net:TAP[?mac=52:54:00:12:34:56]   a NIC of the kernel's own vhost, on a tap interface
     vhost-vsock:CID                         a socket device of the kernel's own vhost, with that context id
-    model:blk?file=PATH[&readonly=on]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
+    model:blk?file=PATH[&readonly=on&direct=on&queues=N&threads=N]   model:blk?size=256M[&serial=TEXT]   model:net[?mac=..&mtu=..&pairs=N]
     model:scsi?file=PATH,PATH[&readonly=on&serial=TEXT&queues=N]   model:rng
     model:gpio[?lines=8&names=led,button&loop=led:button&control=PATH]
     model:i2c[?devices=eeprom@50:file=PATH;size=256,ram@51,thermometer@48]

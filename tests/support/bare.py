@@ -173,6 +173,13 @@ class Bare:
             assert time.monotonic() < end, f"the device used {self.done} requests, not {index}"
             time.sleep(0.0005)
 
+    def wait_beyond(self, index: int) -> None:
+        """Until the device got past there: it need not go on when nobody hears of it."""
+        end = time.monotonic() + PATIENCE
+        while not 0 < (self.done - index) & 0xFFFF < 1 << 15:
+            assert time.monotonic() < end, f"the device used {self.done} requests, not more than {index}"
+            time.sleep(0.0005)
+
     def close(self) -> None:
         """Vanish."""
         self.raw.sock.close()

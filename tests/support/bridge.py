@@ -42,23 +42,23 @@ def node(name: str) -> str:
 
 
 @functools.cache
-def client_program() -> str:
-    """The C client, built if it is not there or older than its sources."""
-    program = SOURCES / "build" / "vhost-blk-client"
+def client_program(name: str = "vhost-blk-client") -> str:
+    """A client in C, built if it is not there or older than its sources."""
+    program = SOURCES / "build" / name
     newest = max(file.stat().st_mtime for file in SOURCES.iterdir() if file.suffix in (".c", ".h"))
     if not program.exists() or program.stat().st_mtime < newest:
         if not shutil.which("gcc"):
             pytest.skip("no gcc for userspace/client: tools/setup base installs it")
         out = Path(tempfile.gettempdir(), f"vhost-blk-client-{os.getuid()}")
         subprocess.run(["make", "-s", "-C", str(SOURCES), f"OUT={out}"], check=True, timeout=100)
-        program = out / "vhost-blk-client"
+        program = out / name
     return str(program)
 
 
 @contextmanager
-def start_client(path: str, *options: object) -> Iterator[subprocess.Popen[str]]:
+def start_client(path: str, *options: object, program: str = "vhost-blk-client") -> Iterator[subprocess.Popen[str]]:
     """The C client, running; killed with the block."""
-    command = [client_program(), *map(str, options), path]
+    command = [client_program(program), *map(str, options), path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -66,9 +66,9 @@ def start_client(path: str, *options: object) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
-def run_client(path: str, *options: object, status: int = 0) -> dict[str, Any]:
+def run_client(path: str, *options: object, status: int = 0, program: str = "vhost-blk-client") -> dict[str, Any]:
     """What the C client reports; it has to end with *status*, and its words are under ``error``."""
-    with start_client(path, *options) as process:
+    with start_client(path, *options, program=program) as process:
         out, error = process.communicate(timeout=60)
     assert process.returncode == status, f"client ended with {process.returncode}: {error}"
     return {**(json.loads(out) if out else {}), "error": error}

@@ -42,6 +42,7 @@ struct device {
 	int kick, call;
 	bool node;	 /* /dev/vhost-vdpa-N instead of a socket */
 	bool table;	 /* SET_MEM_TABLE even where memory slots are offered */
+	uint64_t wanted; /* features besides those that every session has */
 	uint64_t features, protocol;
 	uint64_t sectors;
 };
@@ -62,6 +63,8 @@ void user_connect(struct device *device);
 void user_negotiate(struct device *device);
 void user_start(struct device *device, const struct memory *memory, const struct ring_place *place, uint16_t base);
 void user_add_memory(struct device *device, const struct memory *memory, const struct memory *present);
+void user_start_queue(struct device *device, const struct memory *memory, const struct ring_place *place, uint32_t index, uint32_t num,
+		      uint32_t base, int kick, int call);
 uint16_t user_stop(struct device *device);
 uint64_t user_get_features(struct device *device);
 

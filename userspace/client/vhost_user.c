@@ -33,6 +33,7 @@ enum { VERSION = 1, REPLY = 1 << 2, NEED_REPLY = 1 << 3, HEADER = 12 };
 #define F_VERSION_1 (1ull << 32)
 #define F_FLUSH (1ull << 9)
 #define F_PROTOCOL_FEATURES (1ull << 30)
+#define P_MQ (1ull << 0)
 #define P_REPLY_ACK (1ull << 3)
 #define P_CONFIG (1ull << 9)
 #define P_CONFIGURE_MEM_SLOTS (1ull << 15)
@@ -134,9 +135,9 @@ static void tell_u64(struct device *device, uint32_t request, uint64_t value, in
 	tell(device, &message, request, sizeof(value), &fd, fd >= 0);
 }
 
-static void tell_state(struct device *device, uint32_t request, uint32_t value)
+static void tell_state(struct device *device, uint32_t request, uint32_t index, uint32_t value)
 {
-	struct message message = { .state = { 0, value } };
+	struct message message = { .state = { index, value } };
 
 	tell(device, &message, request, sizeof(message.state), NULL, 0);
 }
@@ -167,12 +168,12 @@ uint64_t user_get_features(struct device *device)
 void user_negotiate(struct device *device)
 {
 	struct message message;
-	uint64_t wanted = P_REPLY_ACK | P_CONFIG | (device->table ? 0 : P_CONFIGURE_MEM_SLOTS);
+	uint64_t wanted = P_MQ | P_REPLY_ACK | P_CONFIG | (device->table ? 0 : P_CONFIGURE_MEM_SLOTS);
 	uint64_t offered = user_get_features(device);
 
 	if (!(offered & F_PROTOCOL_FEATURES) || !(offered & F_VERSION_1))
 		fail(WRONG_PEER, "%s: features %#llx lack VERSION_1 or PROTOCOL_FEATURES", device->path, (unsigned long long)offered);
-	device->features = offered & (F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH);
+	device->features = offered & (F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | device->wanted);
 	ask(device, &message, GET_PROTOCOL_FEATURES, 0, sizeof(uint64_t));
 	wanted &= message.u64;
 	if (!(wanted & P_CONFIG))
@@ -217,17 +218,24 @@ void user_add_memory(struct device *device, const struct memory *memory, const s
 
 void user_start(struct device *device, const struct memory *memory, const struct ring_place *place, uint16_t base)
 {
+	user_start_queue(device, memory, place, 0, RING_SIZE, base, device->kick, device->call);
+}
+
+void user_start_queue(struct device *device, const struct memory *memory, const struct ring_place *place, uint32_t index, uint32_t num,
+		      uint32_t base, int kick, int call)
+{
 	uintptr_t here = (uintptr_t)memory->base;
-	struct message message = { .addr = { .desc_user_addr = here + place->desc,
+	struct message message = { .addr = { .index = index,
+					     .desc_user_addr = here + place->desc,
 					     .used_user_addr = here + place->used,
 					     .avail_user_addr = here + place->avail } };
 
-	tell_state(device, SET_VRING_NUM, RING_SIZE);
-	tell_state(device, SET_VRING_BASE, base);
+	tell_state(device, SET_VRING_NUM, index, num);
+	tell_state(device, SET_VRING_BASE, index, base);
 	tell(device, &message, SET_VRING_ADDR, sizeof(message.addr), NULL, 0);
-	tell_u64(device, SET_VRING_KICK, 0, device->kick);
-	tell_u64(device, SET_VRING_CALL, 0, device->call);
-	tell_state(device, SET_VRING_ENABLE, 1);
+	tell_u64(device, SET_VRING_KICK, index, kick);
+	tell_u64(device, SET_VRING_CALL, index, call);
+	tell_state(device, SET_VRING_ENABLE, index, 1);
 }
 
 uint16_t user_stop(struct device *device)

@@ -275,7 +275,7 @@ class ModelBackend(RuledBackend):
 
     def _on_event(self, index: int, ring: Ring) -> None:
         if served := self._runner.rings.get(index):
-            served.call = ring.call
+            self._runner.recall(index, ring.call)
             if served.kick is not ring.kick:
                 self._runner.rekick(index, ring.kick)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""The thread that serves the rings of a model: waits for kicks, hands batches to the model, signals calls.
+"""The thread that serves the rings of a model: waits for kicks, hands batches to the model, signals calls. Rings that have
+an engine are served by threads of their own (workers.py), which come here with what only the model can do.
 
 Rules of this file: every touch of a ring happens under the device's lock, so that an operation that holds the lock sees
 the rings at rest; calls are signalled without it, as a hostile driver can make that block. Kick eventfds are watched
@@ -15,11 +16,13 @@ import select
 import threading
 from collections.abc import Callable
 
+from ..engines import Engine, Gate
 from ..eventfd import EventFd
 from ..memory import PAGE
 from ..models.base import Model
 from ..models.sources import Sources
 from ..virtqueue import Chain, DeviceQueue
+from .workers import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class ServedQueue:
         self.queue = queue
         self.kick = kick
         self.call = call
+        self.engine: Engine | None = None
+        """What serves it instead of the model, while it does."""
         self.call_due = False
         self.popped = False
         """Whether the model looked at the ring in this pass; receive buffers that it leaves alone are no work."""
@@ -74,7 +79,7 @@ class Runner:
     """
 
     def __init__(self, model: Model, name: str) -> None:
-        self.lock = threading.RLock()
+        self.lock = Gate()
         self.broken: Callable[[int, str], None] = lambda index, why: None
         self.missed: Callable[[], None] = lambda: None
         self.rings: dict[int, ServedQueue] = {}
@@ -86,6 +91,9 @@ class Runner:
         self._signals: list[EventFd] = []
         self._closing = False
         self._epoll = select.epoll()
+        self._workers = Workers(self.lock, name, self._attend)
+        with self.lock:
+            self._workers.grow(model.threads)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._watch_sources()
@@ -94,9 +102,8 @@ class Runner:
 
     def start(self) -> None:
         """Begin to serve; what rings that are present already hold is served without a kick."""
-        self.paused = False
         self.running = True
-        self._await_sources()
+        self.resume()
         for index, ring in self.rings.items():
             self._watch(index, ring)
 
@@ -105,10 +112,12 @@ class Runner:
         for index in list(self.rings):
             self.release(index)
         self.paused = True
+        self._workers.pause(True)
 
     def resume(self) -> None:
         """Serve again."""
         self.paused = False
+        self._workers.pause(False)
         self._await_sources()
 
     def replace(self, model: Model) -> None:
@@ -116,9 +125,13 @@ class Runner:
         if self.model.sources is not None:
             self._epoll.unregister(self.model.sources.fileno())
         self.model = model
+        self._workers.grow(model.threads)
         self._watch_sources()
         if self.running:
             self._await_sources()
+            for index, ring in self.rings.items():
+                self._unwatch(index, ring)
+                self._watch(index, ring)
             self._pending.update(self.rings)
             os.eventfd_write(self._wake, 1)
 
@@ -133,7 +146,7 @@ class Runner:
         ring = self.rings.pop(index, None)
         self._pending.discard(index)
         if ring is not None and self.running:
-            self._unwatch(ring.kick)
+            self._unwatch(index, ring)
         return ring
 
     def release(self, index: int) -> None:
@@ -153,10 +166,17 @@ class Runner:
         """A working ring gets another kick eventfd; the caller closes the old one afterwards."""
         ring = self.rings[index]
         if self.running:
-            self._unwatch(ring.kick)
+            self._unwatch(index, ring)
         ring.kick = kick
         if self.running:
             self._watch(index, ring)
+
+    def recall(self, index: int, call: EventFd | None) -> None:
+        """A working ring gets another call eventfd; the caller closes the old one afterwards."""
+        ring = self.rings[index]
+        ring.call = call
+        if ring.engine is not None:
+            self._workers.recall(ring.engine, index, call)
 
     def retry(self) -> None:
         """There are new mappings: rings that waited for them and no others are looked at again."""
@@ -196,12 +216,17 @@ class Runner:
             self.stop()
             self._closing = True
             os.eventfd_write(self._wake, 1)
+        self._workers.close(_PATIENCE)
         self._thread.join(_PATIENCE)
         self._epoll.close()
         os.close(self._wake)
 
     def _watch(self, index: int, ring: ServedQueue) -> None:
         """Wait for kicks; the thread is woken for a ring that holds chains, is broken or not mapped, and sleeps on for one that holds none."""
+        ring.engine = None if ring.queue.patient else self.model.engine(index)  # an engine does not wait for mappings
+        if ring.engine is not None:
+            self._workers.attach(ring.engine, index, ring.queue, ring.kick, ring.call)
+            return
         if ring.kick is not None:
             self._epoll.register(ring.kick.fd, select.EPOLLIN | select.EPOLLET)
         try:
@@ -228,9 +253,26 @@ class Runner:
         if self.model.sources is not None:
             self._epoll.modify(self.model.sources.fileno(), select.EPOLLIN | select.EPOLLONESHOT if self.model.sources.idle else 0)
 
-    def _unwatch(self, kick: EventFd | None) -> None:
-        if kick is not None:
-            self._epoll.unregister(kick.fd)
+    def _unwatch(self, index: int, ring: ServedQueue) -> None:
+        if ring.engine is not None:
+            self._workers.detach(ring.engine, index)
+            ring.engine = None
+        elif ring.kick is not None:
+            self._epoll.unregister(ring.kick.fd)
+
+    def _attend(self, engine: Engine) -> None:
+        """Let the model serve a batch of the queues of an engine that has met what it does not do itself, in the engine's thread."""
+        with self.lock:
+            served = [index for index in engine.served if index in self.rings and self.rings[index].engine is engine]
+            if not self.paused:
+                for index in served:
+                    self._serve(index, self.rings[index])
+                self._settle()
+                self._workers.look(engine)
+                self._pending.difference_update(served)
+            signals, self._signals = self._signals, []
+        for event in signals:
+            event.signal()
 
     def _run(self) -> None:
         wake = self._wake
@@ -255,21 +297,23 @@ class Runner:
     def _serve_pending(self) -> None:
         ready, self._pending = self._pending, set()
         for index in sorted(ready):
-            ring = self.rings.get(index)
-            if ring is None:
-                continue
-            try:
-                for other in self.rings.values():
-                    other.popped = other.short = False
-                ring.queue.disable_kick()
-                self.model.process(self.rings, index)
-                if ring.queue.enable_kick() and ring.popped:
-                    self._pending.add(index)
-                self._pending.update(i for i, other in self.rings.items() if other.short and other is not ring and other.queue.enable_kick())
-            except Exception as error:  # a model or a driver at fault must not take the process down
-                if not any(other.queue.broken for other in self.rings.values()):  # those end below, whichever queue was looked at
-                    _log.exception("%s: queue %d: the model failed", self._name, index)
-                    self._break(index, str(error))
+            if (ring := self.rings.get(index)) is not None and ring.engine is None:
+                self._serve(index, ring)
+
+    def _serve(self, index: int, ring: ServedQueue) -> None:
+        """Let the model serve a batch of one queue."""
+        try:
+            for other in self.rings.values():
+                other.popped = other.short = False
+            ring.queue.disable_kick()
+            self.model.process(self.rings, index)
+            if ring.queue.enable_kick() and ring.popped:
+                self._pending.add(index)
+            self._pending.update(i for i, other in self.rings.items() if other.short and other is not ring and other.queue.enable_kick())
+        except Exception as error:  # a model or a driver at fault must not take the process down
+            if not any(other.queue.broken for other in self.rings.values()):  # those end below, whichever queue was looked at
+                _log.exception("%s: queue %d: the model failed", self._name, index)
+                self._break(index, str(error))
 
     def _serve_sources(self, sources: Sources) -> None:
         """Let the model serve what is ready outside, and watch the queues that it found too little in."""

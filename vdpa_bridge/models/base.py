@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
+from ..engines import Engine
 from ..flags import Feature
 from ..virtio.config import Field, pack_config
 from ..virtqueue import Chain
@@ -64,6 +65,8 @@ class Model(ABC):
     """How many groups the queues form (``group_of``). Groups can be put into different address spaces."""
     address_spaces: int = 1
     """How many address spaces there are."""
+    threads: int = 0
+    """How many threads its engines run in, which they name by a number below this."""
     needs: Needs = Needs()
     """What the model opens or connects to after it is made."""
     sources: Sources | None = None
@@ -105,6 +108,13 @@ class Model(ABC):
 
     def release(self, queue: Queue, index: int) -> None:  # noqa: B027 - most devices keep no chain for later
         """Queue *index* stops, to work again from where it stood perhaps: give back the chains of it that are kept, or they are lost."""
+
+    def engine(self, index: int) -> Engine | None:
+        """What serves queue *index* in C from now on, in place of ``process``, which it asks for what it does not do; None: nothing.
+
+        Asked after ``start``, each time the ring begins to work. Queues that share an engine get the same one.
+        """
+        return None
 
     def refresh(self) -> str:
         """Look anew at what may have changed outside (the size of a file); what did, for the log, empty if nothing."""

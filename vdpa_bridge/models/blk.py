@@ -3,7 +3,8 @@
 
 Rule of this file: a request is one run of readable and one of writable bytes, however the driver cut it into
 descriptors (virtio 1.2, 2.7.4.1); the status is the last writable byte. Data goes between the driver's buffers and
-the file without a copy of ours; memory is a file as well (a memfd), so there is one path.
+the file without a copy of ours; memory is a file as well (a memfd), so there is one path. What is said here holds for
+the engine, too, which serves plain reads, writes and flushes of a queue and leaves everything else to ``process``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Self
 
+from ..engines import BlkEngine, Engine
 from ..virtio.features import BlockFeature as F
 from ..virtio.ids import DeviceId
 from ..virtqueue import Chain
 from .base import Model, Queue
-from .image import memory_image, open_image
+from .image import is_memory, memory_image, open_direct, open_image
+from .needs import Needs
 from .options import check_options, parse_count, parse_size, parse_switch
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,9 @@ _DISCARD_LIMITS = 1 << 22, 64
 _ZERO_LIMITS = 1 << 17, 1
 """The same for WRITE_ZEROES: 64 MiB, as the zeroes may have to be written, and a reset waits for the request."""
 _ZEROES = bytes(1 << 20)
+_DIRECT_ALIGN = 4096
+"""Bytes: what every file system and medium takes; requests that are not so aligned go through the page cache."""
+ENGINES = "native", "python", "null"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -92,16 +98,40 @@ class BlkModel(Model):
 
     device_id = DeviceId.BLOCK
 
-    def __init__(self, fd: int, *, readonly: bool = False, serial: str = "vdpa_bridge", queues: int = 1, holes: bool = False) -> None:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        readonly: bool = False,
+        serial: str = "vdpa_bridge",
+        queues: int = 1,
+        holes: bool = False,
+        engine: str = "native",
+        threads: int = 1,
+        direct: bool = False,
+        io_uring: bool = True,
+    ) -> None:
         """*holes* are taken for zeroes even where the driver wants these to stay allocated (memory).
 
-        ValueError when *serial* is longer than 20 bytes or the file too large, which leaves *fd* to the caller."""
+        *engine* is one of ENGINES: with "null" reads give zeroes and writes are forgotten, for measurements. Queues take turns on
+        *threads*. *direct* transfers pass by the page cache. Without *io_uring*, a thread waits for each transfer that has to wait.
+
+        ValueError when *serial* is longer than 20 bytes or the file too large, OSError when the file has no direct transfers; *fd* is
+        the caller's then."""
         self._serial = serial.encode()
         if len(self._serial) > _ID_BYTES:
             raise ValueError(f"serial {serial!r} is longer than {_ID_BYTES} bytes")
         size = os.lseek(fd, 0, os.SEEK_END)
         if size > LARGEST:
             raise ValueError(f"a disk of {size} bytes is larger than {LARGEST}")
+        memory = is_memory(fd)
+        self._medium = "null" if engine == "null" else "direct" if direct else "resident" if memory else "cached"
+        self._native = engine != "python"
+        self.threads = threads if self._native else 0
+        self._direct = open_direct(fd, readonly) if direct else -1
+        self._io_uring = io_uring and self._native and self._medium in ("cached", "direct")
+        self.needs = Needs(io_uring=self._io_uring)
+        self._engines: dict[int, BlkEngine] = {}
         self._fd = fd
         self._holes = holes
         self.capacity = size // SECTOR
@@ -117,18 +147,36 @@ class BlkModel(Model):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:
-        """``file=PATH`` or ``size=256M``; ``readonly=on``, ``serial=TEXT``, ``queues=N``."""
-        check_options("blk", options, ("file", "size", "readonly", "serial", "queues"))
+        """``file=PATH`` or ``size=256M``; ``readonly=on``, ``serial=TEXT``, ``queues=N``, ``threads=N``, ``direct=on``, ``io_uring=off``, ``engine=null``."""
+        check_options("blk", options, ("file", "size", "readonly", "serial", "queues", "threads", "direct", "io_uring", "engine"))
         if "file" in options and "size" in options:
             raise ValueError("a disk has file= or size=, not both: a file brings its size")
         readonly = parse_switch("readonly", options.get("readonly", "off"))
         queues = parse_count("queues", options.get("queues", "1"), 1, 64)
+        threads = parse_count("threads", options.get("threads", "1"), 1, queues)
+        direct = parse_switch("direct", options.get("direct", "off"))
+        io_uring = parse_switch("io_uring", options.get("io_uring", "on"))
+        engine = options.get("engine", "native")
+        if engine not in ENGINES:
+            raise ValueError(f"engine={engine}; there is: {', '.join(ENGINES)}")
+        if engine != "native" and (direct or threads > 1):
+            raise ValueError(f"engine={engine} has one thread, and no direct=on: those are of engine=native")
         size = parse_size(options.get("size", DEFAULT_SIZE))
         if size < SECTOR or size > LARGEST:
             raise ValueError(f"size={options['size']}; a disk has {SECTOR} bytes to {LARGEST}")
         fd = open_image(options["file"], readonly) if "file" in options else memory_image(size // SECTOR * SECTOR)
         try:
-            return cls(fd, readonly=readonly, serial=options.get("serial", "vdpa_bridge"), queues=queues, holes="file" not in options)
+            return cls(
+                fd,
+                readonly=readonly,
+                serial=options.get("serial", "vdpa_bridge"),
+                queues=queues,
+                holes="file" not in options,
+                engine=engine,
+                threads=threads,
+                direct=direct,
+                io_uring=io_uring,
+            )
         except BaseException:
             os.close(fd)
             raise
@@ -152,23 +200,50 @@ class BlkModel(Model):
     def start(self, features: int) -> None:
         """A driver that does not know FLUSH expects its writes to be stable when they end (virtio 1.2, 5.2.6.2)."""
         self._sync_writes = not features & F.FLUSH
+        self._engines.clear()
+
+    def engine(self, index: int) -> Engine | None:
+        """One for each queue, as long as ``process`` is the one below and nobody's own."""
+        if not self._native or getattr(self.process, "__func__", None) is not BlkModel.process:
+            return None
+        if index not in self._engines:
+            self._engines[index] = BlkEngine(
+                index,
+                self._fd,
+                self.capacity,
+                medium=self._medium,
+                direct=self._direct,
+                align=_DIRECT_ALIGN,
+                readonly=self._readonly,
+                stable_writes=self._sync_writes,
+                io_uring=self._io_uring,
+                depth=self.queue_size,
+                thread=index % self.threads,
+            )
+        return self._engines[index]
 
     def refresh(self) -> str:
         """Take the size of the file anew."""
         before, self.capacity = self.capacity, min(os.lseek(self._fd, 0, os.SEEK_END), LARGEST) // SECTOR
+        for engine in self._engines.values():
+            engine.capacity = self.capacity
         return f"{before} sectors before, {self.capacity} now" if self.capacity != before else ""
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of requests."""
+        if index in self._engines and (failure := self._engines[index].failure):
+            self._complain(OSError(failure, os.strerror(failure)))
         queue = queues[index]
         queue.push([(chain, self._serve(chain)) for chain in queue.pop(16)])
 
     def close(self) -> None:
         """Close the file."""
         super().close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._engines.clear()
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
 
     # Requests --------------------------------------------------------------------------------------------------------
 
@@ -182,11 +257,14 @@ class BlkModel(Model):
         except _Refused as refused:
             status = refused.status
         except OSError as error:
-            if not self._complained:  # a driver can bring errors about as fast as it likes
-                self._complained = True
-                _log.warning("blk: request answered with IOERR, as will be all others like it: %s", error)
+            self._complain(error)
             status = BlkStatus.IOERR
         return written + chain.write(bytes([status]), chain.writable - 1)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:  # a driver can bring errors about as fast as it likes
+            self._complained = True
+            _log.warning("blk: request answered with IOERR, as will be all others like it: %s", error)
 
     def _request(self, chain: Chain) -> int:
         if chain.readable < _HEADER.size:

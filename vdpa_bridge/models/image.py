@@ -27,3 +27,17 @@ def memory_image(size: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def is_memory(fd: int) -> bool:
+    """Whether the file lives in memory (a memfd, tmpfs), so that nothing ever waits for it: such files alone have seals."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def open_direct(fd: int, readonly: bool = False) -> int:
+    """Another descriptor of the same file, whose transfers pass by the page cache. OSError EINVAL where the file system has no such thing."""
+    return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if readonly else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC)

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+/* The loop: turns while there is work, a look around for a while, sleep. */
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+enum { PATIENCE_NS = 50000, MOST_MISSES = 10, EVENTS = 32, LOOK_OUT = 64 };
+
+#define WAKE UINT64_MAX
+
+bool engine_push(struct engine_ring *ring, const struct vq_used *done, size_t count)
+{
+	int due = vq_device_push(ring->vq, done, count);
+
+	ring->due |= due > 0;
+	return due >= 0;
+}
+
+void engine_put_back(struct engine_ring *ring, size_t first, size_t count)
+{
+	uint16_t heads[ENGINE_BATCH];
+
+	for (size_t i = 0; i < count; i++)
+		heads[i] = ring->chains[first + i].head;
+	(void)vq_device_put_back(ring->vq, heads, count); /* they are in flight, just popped */
+}
+
+int engine_arm(struct engine *engine)
+{
+	int more = 0;
+
+	for (size_t i = 0; i < ENGINE_RINGS; i++) {
+		int result = engine->rings[i].vq ? vq_device_enable_kick(engine->rings[i].vq) : 0;
+
+		if (result < 0)
+			return result;
+		more |= result;
+	}
+	return more;
+}
+
+void engine_disarm(struct engine *engine)
+{
+	for (size_t i = 0; i < ENGINE_RINGS; i++)
+		if (engine->rings[i].vq)
+			vq_device_disable_kick(engine->rings[i].vq);
+}
+
+static int watch(struct loop *loop, int fd, uint32_t events, uint64_t data)
+{
+	struct epoll_event event = { .events = events, .data = { .u64 = data } };
+
+	return epoll_ctl(loop->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+int loop_init(struct loop *loop, struct gate *gate)
+{
+	int error;
+
+	memset(loop, 0, sizeof(*loop));
+	loop->gate = gate;
+	loop->patience = PATIENCE_NS;
+	loop->epoll = epoll_create1(EPOLL_CLOEXEC);
+	loop->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	error = loop->epoll < 0 || loop->wake < 0 ? -errno : watch(loop, loop->wake, EPOLLIN | EPOLLET, WAKE);
+	gate_join(gate, &loop->member);
+	if (error)
+		loop_destroy(loop);
+	return error;
+}
+
+void loop_destroy(struct loop *loop)
+{
+	gate_quit(loop->gate, &loop->member);
+	if (loop->epoll >= 0)
+		close(loop->epoll);
+	if (loop->wake >= 0)
+		close(loop->wake);
+}
+
+static uint32_t slot_of(const struct loop *loop, const struct engine *engine)
+{
+	uint32_t at = 0;
+
+	while (at < loop->count && loop->engines[at] != engine)
+		at++;
+	return at;
+}
+
+int loop_add(struct loop *loop, struct engine *engine)
+{
+	uint32_t at = slot_of(loop, NULL);
+	int error;
+
+	if (at == LOOP_ENGINES)
+		return -ENOSPC;
+	error = engine->fd < 0 ? 0 : watch(loop, engine->fd, EPOLLIN | EPOLLET, at);
+	if (error)
+		return error;
+	loop->engines[at] = engine;
+	loop->count += at == loop->count;
+	loop_look(loop, engine);
+	return 0;
+}
+
+void loop_remove(struct loop *loop, struct engine *engine)
+{
+	uint32_t at = slot_of(loop, engine);
+
+	if (at == loop->count)
+		return;
+	if (engine->fd >= 0)
+		loop_unwatch(loop, engine->fd);
+	loop->engines[at] = NULL;
+}
+
+int loop_watch(struct loop *loop, struct engine *engine, int kick)
+{
+	return watch(loop, kick, EPOLLIN | EPOLLET, slot_of(loop, engine));
+}
+
+void loop_unwatch(struct loop *loop, int kick)
+{
+	(void)epoll_ctl(loop->epoll, EPOLL_CTL_DEL, kick, NULL);
+}
+
+/* From now on the loop looks at it, without being told. */
+static void heat(struct engine *engine)
+{
+	if (engine->hot)
+		return;
+	engine->ops->disarm(engine);
+	engine->hot = true;
+}
+
+void loop_look(struct loop *loop, struct engine *engine)
+{
+	uint64_t one = 1;
+
+	if (engine) {
+		engine->asks = false;
+		heat(engine);
+	}
+	(void)!write(loop->wake, &one, sizeof(one)); /* full: there is an event waiting */
+}
+
+static uint64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* Waits for events and makes what they belong to hot. Outside of the gate when it may: nothing is in flight. */
+static void look_out(struct loop *loop, bool outside, int timeout)
+{
+	struct epoll_event events[EVENTS];
+	int count;
+
+	if (outside)
+		gate_leave(loop->gate);
+	count = epoll_wait(loop->epoll, events, EVENTS, timeout);
+	if (outside)
+		gate_enter(loop->gate);
+	for (int i = 0; i < count; i++) {
+		uint64_t slot = events[i].data.u64;
+		struct engine *engine = slot < loop->count ? loop->engines[slot] : NULL;
+
+		/* An event of an engine that has gone is taken for one of its successor's, which looks once in vain. */
+		if (slot == WAKE) {
+			uint64_t value;
+
+			(void)!read(loop->wake, &value, sizeof(value));
+		} else if (engine && !engine->asks) {
+			heat(engine);
+		}
+	}
+}
+
+static void signal_due(struct loop *loop, struct engine *engine)
+{
+	for (size_t i = 0; i < ENGINE_RINGS; i++) {
+		struct engine_ring *ring = &engine->rings[i];
+
+		if (ring->due && ring->call >= 0)
+			gate_signal(&loop->member, ring->call);
+		ring->due = false;
+	}
+}
+
+/* Steps aside for whoever wants the gate. */
+static void step_aside(struct loop *loop)
+{
+	for (uint32_t i = 0; i < loop->count; i++) {
+		struct engine *engine = loop->engines[i];
+
+		if (engine && engine->in_flight) {
+			engine->ops->drain(engine);
+			signal_due(loop, engine);
+		}
+	}
+	gate_leave(loop->gate);
+	gate_enter(loop->gate);
+}
+
+/* What a round over all engines found. */
+struct round {
+	struct engine *asks;
+	bool hot, cold, moved, in_flight;
+};
+
+static struct round turn_all(struct loop *loop)
+{
+	struct round round = { .asks = NULL };
+
+	for (uint32_t i = 0; i < loop->count && !round.asks; i++) {
+		struct engine *engine = loop->engines[i];
+		int result;
+
+		if (!engine)
+			continue;
+		if (!engine->hot) {
+			round.cold = true;
+			round.in_flight |= engine->in_flight != 0;
+			continue;
+		}
+		result = engine->ops->turn(engine);
+		signal_due(loop, engine);
+		round.hot = true;
+		round.moved |= (result & TURN_MOVED) != 0;
+		round.in_flight |= engine->in_flight != 0;
+		if (result & TURN_ASKS)
+			round.asks = engine;
+	}
+	return round;
+}
+
+/* Lets hot engines wait for events, unless there is work already. */
+static struct round cool(struct loop *loop)
+{
+	struct round round = { .asks = NULL };
+
+	for (uint32_t i = 0; i < loop->count && !round.asks; i++) {
+		struct engine *engine = loop->engines[i];
+		int more;
+
+		if (!engine)
+			continue;
+		round.in_flight |= engine->in_flight != 0;
+		if (!engine->hot)
+			continue;
+		engine->hot = false;
+		more = engine->ops->arm(engine);
+		if (more < 0) {
+			round.asks = engine;
+		} else if (more) {
+			heat(engine);
+			round.hot = true;
+		}
+	}
+	return round;
+}
+
+/* Whether to look for work rather than to sleep, as `quiet` ns went by without any, and there was some before or not. */
+static bool patient(struct loop *loop, uint64_t quiet, bool worked)
+{
+	if (loop->skip || !worked)
+		return false;
+	if (quiet < loop->patience)
+		return true;
+	if (loop->misses < MOST_MISSES)
+		loop->misses++;
+	loop->skip = 1u << loop->misses;
+	return false;
+}
+
+struct engine *loop_run(struct loop *loop)
+{
+	struct engine *asks = NULL;
+	uint64_t since = 0;
+	uint32_t turns = 0;
+	bool worked = false;
+
+	gate_enter(loop->gate);
+	while (!loop->closing) {
+		struct round round = { .asks = NULL };
+
+		if (gate_wanted(loop->gate)) {
+			step_aside(loop);
+			continue;
+		}
+		if (!loop->paused)
+			round = turn_all(loop);
+		if ((asks = round.asks))
+			break;
+		if (round.moved) {
+			if (since)
+				loop->misses = loop->skip = 0;
+			since = 0;
+			worked = true;
+		} else if (round.hot) {
+			uint64_t time = now();
+
+			since = since ? since : time;
+			if (!patient(loop, time - since, worked)) {
+				round = cool(loop);
+				if ((asks = round.asks))
+					break;
+				since = 0;
+			}
+		}
+		if (!round.hot) {
+			loop->skip -= loop->skip != 0;
+			look_out(loop, !round.in_flight, -1);
+			worked = false;
+		} else if (round.cold && ++turns % LOOK_OUT == 0) {
+			look_out(loop, false, 0);
+		}
+	}
+	if (asks) {
+		asks->hot = false;
+		asks->asks = true;
+	}
+	gate_leave(loop->gate);
+	return asks;
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+/* Loops, their engines and whoever wants them at rest, each in a thread of its own. */
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "test.h"
+
+enum { NUM = 64, LANES = 3, ROUNDS = 300, PER_ROUND = 40, ODD = 97 };
+
+/* An engine that gives chains back, but for every ODD-th token, which is its owner's. */
+struct lane {
+	struct engine engine;
+	struct bench bench;
+	struct vq_chain chains[ENGINE_BATCH];
+	struct vq_used done[NUM];
+	int kick, call;
+	uint64_t asked;
+	struct loop loop;
+	struct gate *gate;
+	pthread_t server, driver;
+};
+
+static pthread_mutex_t turns = PTHREAD_MUTEX_INITIALIZER; /* one holder at a time */
+
+static void hold(struct gate *gate)
+{
+	pthread_mutex_lock(&turns);
+	gate_hold(gate);
+}
+
+static void release(struct gate *gate)
+{
+	gate_release(gate);
+	pthread_mutex_unlock(&turns);
+}
+
+static uint64_t token_of(const struct bench *b, const struct vq_chain *chain)
+{
+	uint64_t token = 0;
+
+	CHECK(chain_gather(readable_part(b, chain), 0, &token, sizeof(token)) == sizeof(token));
+	return token;
+}
+
+static int turn(struct engine *engine)
+{
+	struct lane *lane = (struct lane *)engine;
+	struct engine_ring *ring = &engine->rings[0];
+	size_t count, i;
+
+	if (!ring->vq)
+		return TURN_IDLE;
+	ring->pieces->used = 0;
+	count = vq_device_pop(ring->vq, ring->chains, 7, ring->pieces);
+	for (i = 0; i < count && token_of(&lane->bench, &ring->chains[i]) % ODD; i++)
+		ring->done[i] = (struct vq_used){ .written = 0, .head = ring->chains[i].head };
+	CHECK(engine_push(ring, ring->done, i));
+	if (i == count)
+		return count ? TURN_MOVED : TURN_IDLE;
+	engine_put_back(ring, i, count - i);
+	return TURN_MOVED | TURN_ASKS;
+}
+
+static const struct engine_ops operations = { .turn = turn, .arm = engine_arm, .disarm = engine_disarm };
+
+static void *serve(void *argument)
+{
+	struct lane *lane = argument;
+	struct engine *asks;
+
+	while ((asks = loop_run(&lane->loop))) {
+		struct vq_chain chain;
+		struct vq_used used;
+		int due = 0;
+
+		hold(lane->gate);
+		if (lane->engine.rings[0].vq && bench_pop(&lane->bench, &chain, 1) == 1) {
+			CHECK(token_of(&lane->bench, &chain) % ODD == 0);
+			used = (struct vq_used){ .written = 0, .head = chain.head };
+			due = vq_device_push(&lane->bench.device, &used, 1);
+			lane->asked++;
+		}
+		CHECK(due >= 0);
+		loop_look(&lane->loop, asks);
+		release(lane->gate);
+		if (due)
+			CHECK(eventfd_write(lane->call, 1) == 0);
+	}
+	return NULL;
+}
+
+/* Offers chains in bursts, and waits for each burst by call. */
+static void *drive(void *argument)
+{
+	struct lane *lane = argument;
+	struct vq_driver *vq = &lane->bench.driver;
+	uint64_t token = 0, back = 0;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		struct vq_done done[NUM];
+
+		for (int i = 0; i < PER_ROUND; i++, token++) {
+			struct vq_buffer buffer = { .iova = DATA_IOVA + token % NUM * 64, .length = 8 };
+
+			memcpy(lane->bench.data + token % NUM * 64, &token, sizeof(token));
+			CHECK(vq_driver_add(vq, &buffer, 1, 0, token) >= 0);
+		}
+		if (vq_driver_publish(vq))
+			CHECK(eventfd_write(lane->kick, 1) == 0);
+		while (back < token) {
+			size_t count = vq_driver_reap(vq, done, NUM);
+			eventfd_t value;
+
+			CHECK(vq->fault.code == VQ_OK);
+			back += count;
+			if (!count && !vq_driver_enable_call(vq))
+				CHECK(eventfd_read(lane->call, &value) == 0);
+		}
+	}
+	return NULL;
+}
+
+static void lanes(bool packed, bool event_idx)
+{
+	static struct lane lane[LANES];
+	struct gate gate;
+	struct timespec pause = { .tv_nsec = 50000 };
+
+	CHECK(gate_init(&gate) == 0);
+	for (size_t i = 0; i < LANES; i++) {
+		memset(&lane[i], 0, sizeof(lane[i]));
+		lane[i].engine = (struct engine){ .ops = &operations, .fd = -1 };
+		lane[i].gate = &gate;
+		bench_open(&lane[i].bench, NUM, 0, event_idx, base_at(0, NUM, packed), packed);
+		lane[i].kick = eventfd(0, EFD_CLOEXEC);
+		lane[i].call = eventfd(0, EFD_CLOEXEC);
+		hold(&gate);
+		CHECK(loop_init(&lane[i].loop, &gate) == 0);
+		lane[i].engine.rings[0] = (struct engine_ring){ .vq = &lane[i].bench.device,
+								.chains = lane[i].chains,
+								.done = lane[i].done,
+								.pieces = &lane[i].bench.pieces,
+								.call = lane[i].call };
+		CHECK(loop_add(&lane[i].loop, &lane[i].engine) == 0);
+		CHECK(loop_watch(&lane[i].loop, &lane[i].engine, lane[i].kick) == 0);
+		release(&gate);
+	}
+	for (size_t i = 0; i < LANES; i++) {
+		CHECK(pthread_create(&lane[i].server, NULL, serve, &lane[i]) == 0);
+		CHECK(pthread_create(&lane[i].driver, NULL, drive, &lane[i]) == 0);
+	}
+	for (int visit = 0; visit < 500; visit++) { /* at rest whenever we look, and some rings are away for a while */
+		struct engine_ring *ring = &lane[visit % LANES].engine.rings[0];
+		struct vq_device *away = &lane[visit % LANES].bench.device;
+
+		hold(&gate);
+		for (size_t i = 0; i < LANES; i++)
+			CHECK(lane[i].bench.device.in_flight == 0 && lane[i].engine.in_flight == 0);
+		ring->vq = NULL;
+		release(&gate);
+		nanosleep(&pause, NULL);
+		hold(&gate);
+		ring->vq = away;
+		loop_look(&lane[visit % LANES].loop, &lane[visit % LANES].engine);
+		release(&gate);
+	}
+	for (size_t i = 0; i < LANES; i++)
+		CHECK(pthread_join(lane[i].driver, NULL) == 0);
+	for (size_t i = 0; i < LANES; i++) {
+		hold(&gate);
+		lane[i].loop.closing = true;
+		loop_look(&lane[i].loop, NULL);
+		release(&gate);
+		CHECK(pthread_join(lane[i].server, NULL) == 0);
+		CHECK(lane[i].asked == (ROUNDS * PER_ROUND + ODD - 1) / ODD && lane[i].bench.device.in_flight == 0);
+		hold(&gate);
+		loop_remove(&lane[i].loop, &lane[i].engine);
+		loop_destroy(&lane[i].loop);
+		release(&gate);
+		bench_close(&lane[i].bench);
+		close(lane[i].kick);
+		close(lane[i].call);
+	}
+	gate_destroy(&gate);
+}
+
+static void *signal_once(void *argument)
+{
+	struct loop *loop = argument;
+
+	gate_enter(loop->gate);
+	gate_signal(&loop->member, loop->wake); /* any eventfd that is full */
+	gate_leave(loop->gate);
+	return NULL;
+}
+
+/* A driver that fills the counter of its call eventfd keeps nobody waiting for long. */
+static void full_counter(void)
+{
+	struct gate gate;
+	struct loop loop;
+	struct timespec pause = { .tv_nsec = 20000000 };
+	pthread_t thread;
+
+	CHECK(gate_init(&gate) == 0);
+	hold(&gate);
+	CHECK(loop_init(&loop, &gate) == 0);
+	close(loop.wake);
+	loop.wake = eventfd(0, EFD_CLOEXEC);
+	CHECK(eventfd_write(loop.wake, UINT64_MAX - 1) == 0);
+	release(&gate);
+	CHECK(pthread_create(&thread, NULL, signal_once, &loop) == 0);
+	nanosleep(&pause, NULL);
+	hold(&gate);
+	CHECK(gate.inside == 0);
+	loop_destroy(&loop);
+	release(&gate);
+	CHECK(pthread_join(thread, NULL) == 0);
+	gate_destroy(&gate);
+}
+
+int main(void)
+{
+	full_counter();
+	for (int mode = 0; mode < 4; mode++)
+		lanes(mode & 1, mode & 2);
+	return 0;
+}

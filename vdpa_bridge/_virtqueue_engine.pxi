@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Engines and the loops that run them without the GIL. Part of `_virtqueue.pyx`, whose rule and imports hold here too.
+
+from threading import RLock
+
+cdef extern from "gate.h" nogil:
+    struct gate:
+        pass
+    int gate_init(gate *g)
+    void gate_destroy(gate *g)
+    bint gate_try(gate *g)
+    void gate_hold(gate *g)
+    void gate_release(gate *g)
+
+cdef extern from "engine.h" nogil:
+    enum: ENGINE_RINGS
+    struct engine_ring:
+        vq_device *vq
+        vq_chain *chains
+        vq_used *done
+        iova_pieces *pieces
+        int call
+        bint due
+    struct engine:
+        engine_ring *rings
+        int fd
+        uint32_t in_flight
+    struct loop:
+        bint paused, closing
+    int loop_init(loop *l, gate *g)
+    void loop_destroy(loop *l)
+    int loop_add(loop *l, engine *e)
+    void loop_remove(loop *l, engine *e)
+    int loop_watch(loop *l, engine *e, int kick)
+    void loop_unwatch(loop *l, int kick)
+    void loop_look(loop *l, engine *e)
+    engine *loop_run(loop *l)
+
+cdef extern from "blk_engine.h" nogil:
+    enum: BLK_CACHED, BLK_RESIDENT, BLK_DIRECT, BLK_NULL
+    struct blk_config:
+        int medium, file, direct
+        uint32_t align, depth
+        bint readonly, uring
+    struct uring:
+        int fd
+    struct blk_engine:
+        engine engine
+        uint64_t capacity
+        bint stable_writes
+        int failure
+        uring uring
+    int blk_engine_init(blk_engine *b, const blk_config *config)
+    void blk_engine_destroy(blk_engine *b)
+
+
+@cython.final
+cdef class Gate:
+    cdef gate core
+    cdef object lock
+    cdef uint32_t depth
+
+    def __cinit__(self):
+        self.lock = RLock()
+        if gate_init(&self.core):
+            raise MemoryError
+
+    def __dealloc__(self):
+        gate_destroy(&self.core)
+
+    def __enter__(self):
+        self.lock.acquire()
+        if self.depth == 0 and not gate_try(&self.core):
+            with nogil:
+                gate_hold(&self.core)
+        self.depth += 1
+        return self
+
+    def __exit__(self, kind, value, trace):
+        self.depth -= 1
+        if self.depth == 0:
+            gate_release(&self.core)
+        self.lock.release()
+
+
+cdef class Engine:
+    cdef engine *core
+    cdef list queues
+    cdef readonly object served
+    cdef readonly object thread
+    cdef int kicks[ENGINE_RINGS]
+
+    def __init__(self):
+        raise TypeError("an engine is made by its own class")
+
+    cdef int set_up(self, engine *core, Py_ssize_t first, Py_ssize_t count, object thread) except -1:
+        self.core, self.served, self.thread = core, range(first, first + count), thread
+        self.queues = [None] * count
+        return 0
+
+    @property
+    def in_flight(self):
+        return self.core.in_flight
+
+
+@cython.final
+cdef class BlkEngine(Engine):
+    cdef blk_engine blk
+
+    def __init__(self, Py_ssize_t index, int file, object capacity, *, object medium="cached", int direct=-1, uint32_t align=512,
+                 bint readonly=False, bint stable_writes=False, bint io_uring=True, uint32_t depth=128, object thread=0):
+        cdef blk_config config
+        names = {"cached": BLK_CACHED, "resident": BLK_RESIDENT, "direct": BLK_DIRECT, "null": BLK_NULL}
+        if medium not in names:
+            raise ValueError(f"medium {medium!r}; there is: {', '.join(names)}")
+        if not 0 < depth <= 1 << 15 or depth & (depth - 1):
+            raise ValueError(f"depth {depth} is not a power of 2 up to {1 << 15}")
+        if not align or align & (align - 1):
+            raise ValueError(f"alignment {align} is not a power of 2")
+        config.medium, config.file, config.direct, config.align, config.depth = names[medium], file, direct, align, depth
+        config.readonly, config.uring = readonly, io_uring
+        if blk_engine_init(&self.blk, &config):
+            raise MemoryError
+        self.blk.capacity, self.blk.stable_writes = capacity, stable_writes
+        self.set_up(&self.blk.engine, index, 1, thread)
+
+    def __dealloc__(self):
+        blk_engine_destroy(&self.blk)
+
+    @property
+    def capacity(self):
+        return self.blk.capacity
+
+    @capacity.setter
+    def capacity(self, uint64_t sectors):
+        self.blk.capacity = sectors
+
+    @property
+    def io_uring(self):
+        return self.blk.uring.fd >= 0
+
+    @property
+    def failure(self):
+        return self.blk.failure
+
+
+@cython.final
+cdef class Loop:
+    cdef loop core
+    cdef Gate gate
+    cdef dict engines
+    cdef bint made
+
+    def __cinit__(self, Gate gate not None):
+        cdef int error = -loop_init(&self.core, &gate.core)
+        if error:
+            raise OSError(error, strerror(error))
+        self.gate, self.engines, self.made = gate, {}, True
+
+    def __dealloc__(self):
+        self.free()
+
+    def free(self):
+        if self.made:
+            self.made = False
+            loop_destroy(&self.core)
+
+    def run(self):
+        cdef engine *asks
+        while True:
+            with nogil:
+                asks = loop_run(&self.core)
+            if asks == NULL:
+                return None
+            if (found := self.engines.get(<uintptr_t> asks)) is not None:  # else its rings went meanwhile
+                return found
+
+    def attach(self, Engine engine not None, Py_ssize_t index, DeviceQueue queue not None, int kick=-1, int call=-1):
+        cdef Py_ssize_t at = engine.served.index(index)
+        cdef engine_ring *ring = &engine.core.rings[at]
+        cdef int error = 0
+        if ring.vq != NULL:
+            raise ValueError(f"queue {index} is served already")
+        engine.queues[at], engine.kicks[at] = queue, kick
+        ring.vq, ring.chains, ring.done, ring.pieces = &queue.vq, queue.chains, queue.done, &queue.pieces
+        ring.call, ring.due = call, False
+        if <uintptr_t> engine.core not in self.engines:
+            error = -loop_add(&self.core, engine.core)
+            if not error:
+                self.engines[<uintptr_t> engine.core] = engine
+        else:
+            loop_look(&self.core, engine.core)
+        if not error and kick >= 0:
+            error = -loop_watch(&self.core, engine.core, kick)
+        if error:
+            engine.kicks[at] = -1
+            self.detach(engine, index)
+            raise OSError(error, f"queue {index}: {strerror(error)}")
+
+    def detach(self, Engine engine not None, Py_ssize_t index):
+        cdef Py_ssize_t at = engine.served.index(index)
+        cdef engine_ring *ring = &engine.core.rings[at]
+        if engine.kicks[at] >= 0:
+            loop_unwatch(&self.core, engine.kicks[at])
+        ring.vq = NULL
+        ring.call = engine.kicks[at] = -1
+        engine.queues[at] = None
+        if not any(engine.queues) and self.engines.pop(<uintptr_t> engine.core, None) is not None:
+            loop_remove(&self.core, engine.core)
+
+    def look(self, Engine engine not None):
+        if <uintptr_t> engine.core in self.engines:
+            loop_look(&self.core, engine.core)
+
+    def set_call(self, Engine engine not None, Py_ssize_t index, int call):
+        engine.core.rings[<Py_ssize_t> engine.served.index(index)].call = call
+
+    def pause(self, bint paused=True):
+        self.core.paused = paused
+        loop_look(&self.core, NULL)
+
+    def close(self):
+        self.core.closing = True
+        loop_look(&self.core, NULL)
