@@ -16,7 +16,8 @@ kernel/build makes), so a test can boot it with any device it wants to try as a 
     )
 
 The guest's RAM is a shared memfd, as vhost-user needs. CPUs are emulated (TCG), so it
-runs anywhere; $VDPA_BRIDGE_ACCEL names another QEMU accelerator, such as kvm.
+runs anywhere; $VDPA_BRIDGE_ACCEL names another QEMU accelerator, such as kvm, and
+$VDPA_BRIDGE_QEMU another QEMU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from types import TracebackType
 from typing import Self
 
 REPO = Path(__file__).resolve().parents[2]
-QEMU = "qemu-system-x86_64"
+QEMU = os.environ.get("VDPA_BRIDGE_QEMU", "qemu-system-x86_64")
 GRACE = 10.0
 """Seconds between the script's end and QEMU's own exit before it is killed."""
 
