@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ SIZE = 16 * MIB
 def kernel_modules() -> None:
     if "VDPA_SIM_NET" not in os.environ:
         pytest.skip("no $VDPA_SIM_NET: run it in the lab, tools/lab pytest -m lab tests/lab")
-    subprocess.run(["modprobe", "-a", "vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk", "virtio_net", "ext4"], check=True, timeout=60)
+    subprocess.run(["modprobe", "-a", "vduse", "virtio_vdpa", "vhost_vdpa", "virtio_blk", "virtio_net", "ext4", "tun"], check=True, timeout=60)
 
 
 def until(what: str, true: Callable[[], Any], patience: float = 20) -> Any:
@@ -175,6 +176,43 @@ def test_frames_through_an_interface(seen: Seen) -> None:
                 assert sock.recv(4096) == frame
     assert gone("vn0")
     seen("devices", "Linux virtio_net", "net", "model by VDUSE", rings)
+
+
+def _netns(command: list[str]) -> list[str]:
+    """A new network namespace, where the process can be entered by its pid."""
+    return ["unshare", "--net", *command]
+
+
+@pytest.mark.parametrize("by", ["model", "vhost-user"])
+def test_a_ping_through_an_interface(by: str, seen: Seen) -> None:
+    """Two stacks of this kernel talk by way of the device: one on its interface, in a namespace, one on the tap that the model has for a wire."""
+    tap, name = f"vnt{by[0]}", f"vp{by[0]}"
+    with contextlib.ExitStack() as stack:
+        target = f"model:net?tap={tap}&mac=02:00:00:00:00:78"
+        if by == "vhost-user":
+            target = f"vhost-user:{stack.enter_context(bridging(target)).path}?vdpa=require"
+        device = stack.enter_context(exported(name, target))
+        (interface,) = device.ready()["used_as"]
+        rings = ring_format(name)
+        with subprocess.Popen(_netns(["sleep", "1000"])) as there:
+            try:
+                until("a namespace of its own", lambda: os.readlink(f"/proc/{there.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
+                run("ip", "link", "set", interface, "netns", str(there.pid))
+                inside = ["nsenter", "-t", str(there.pid), "-n"]
+                run(*inside, "ip", "addr", "add", "192.0.2.1/30", "dev", interface)
+                run(*inside, "ip", "link", "set", interface, "up")
+                run("ip", "addr", "add", "192.0.2.2/30", "dev", tap)
+                run("ip", "link", "set", tap, "up")
+                for way in ([], inside):
+                    said = run(*way, "busybox", "ping", "-c", "3", "-i", "0.2", "-s", "1400", "-W", "5", "192.0.2.1" if not way else "192.0.2.2")
+                    assert "3 packets received" in said
+                counters = {key: int(Path("/sys/class/net", tap, "statistics", key).read_text()) for key in ("rx_packets", "tx_packets")}
+                assert min(counters.values()) >= 6, f"the pings did not go over the tap: {counters}"
+            finally:
+                there.kill()
+        assert device.end() == 0, device.said()
+    assert gone(name)
+    seen("devices", "Linux virtio_net", "net", "model by VDUSE", rings, "tap")
 
 
 def test_a_node_for_drivers_in_user_space(seen: Seen) -> None:

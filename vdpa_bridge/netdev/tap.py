@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """A tap of this system as the other end: packets pass with their headers, and what these leave to be done the kernel does.
 
-Rule of this file: the kernel leaves to the driver what the driver accepted, no more.
+Rules of this file: the kernel leaves to the driver what the driver accepted, no more. Nothing is asked of the tap while a
+driver is told that its device is ready: such requests take the RTNL, which Linux's own virtio-net driver holds meanwhile, when
+the device is one of this kernel's by VDUSE.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class TapNetdev(Netdev):
         self._tap = Tap(name, queues)
         try:
             self._attached = [True] * queues
+            self._wanted = self._given = 0
             self._tap.set_header(HEADER)
             self.offloads = int(_ALWAYS)
             for flags, features in _PROBED:
@@ -63,20 +66,26 @@ class TapNetdev(Netdev):
         return f"tap {self._tap.name}"
 
     def start(self, features: int) -> None:
-        """What a driver accepted without what it depends on is left out, as the kernel knows no such thing (virtio 1.2, 5.1.3.1)."""
+        """The tap hears of it with the next look for packets, and leaves less until then.
+
+        What a driver accepted without what it depends on is left out, as the kernel knows no such thing (virtio 1.2, 5.1.3.1).
+        """
         flags = sum(flag for feature, flag in _LEFT if features & feature)
         if not flags & (F_TSO4 | F_TSO6):
             flags &= ~F_TSO_ECN
         if flags & _USO != _USO:
             flags &= ~_USO
-        self._leave(flags if flags & F_CSUM else 0)
+        self._wanted = flags if flags & F_CSUM else 0
 
-    def _leave(self, flags: int) -> None:
-        if self.link:
+    def _leave(self) -> None:
+        """Have the kernel leave what is wanted to the driver."""
+        if self.link and self._given != self._wanted:
             try:
-                self._tap.set_offload(flags)
+                self._tap.set_offload(self._wanted)
             except OSError as error:
                 self._went(error)
+            else:
+                self._given = self._wanted
 
     def watched(self, queue: int) -> int:
         """None, once the interface is gone or for a queue that is not used: polling them would not wait."""
@@ -98,6 +107,7 @@ class TapNetdev(Netdev):
 
     def receive(self, queue: int) -> list[bytes]:
         """One read each."""
+        self._leave()
         packets: list[bytes] = []
         fd = self.watched(queue)
         while fd >= 0 and len(packets) < BATCH:
@@ -146,7 +156,8 @@ class TapNetdev(Netdev):
         super().stop()
         for queue in range(1, self.queues):
             self.use(queue, False)
-        self._leave(0)
+        self._wanted = 0
+        self._leave()
 
     def close(self) -> None:
         """Detach."""
