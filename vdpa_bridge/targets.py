@@ -169,6 +169,12 @@ class Target:
         self.model.replace(lambda old: kind.succeed(old, self.options))
         return f"{self.place} was loaded again"
 
+    def refresh(self) -> str:
+        """Let a model look anew at what is outside, and tell its driver; what changed, as far as it is known here. OSError."""
+        if self._child is not None:
+            self._child.refresh()
+        return self.model.refresh() if self.model is not None else ""
+
     def advise(self, error: BaseException) -> None:
         """Note in *error* how to find out more; not for a model, whose errors say all."""
         advice = f"vdpa-bridge explain {shlex.quote(self.text)} says more"

@@ -8,6 +8,7 @@ fails and nothing when it succeeds, so that a run without a sandbox proves that 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import logging
@@ -359,6 +360,8 @@ MAY_BE_ABSENT = {"io_uring", "bpf", "perf", "kexec", "keys", "userfaultfd", "sys
 
 PAIR: list[socket.socket] = []
 TERMINAL: list[int] = []
+FOREIGN: list[int] = []
+"""What a model has made before: sockets, a pty, the address of ``mov $20, %eax; int $0x80; ret``."""
 
 
 MISBEHAVIOURS: dict[str, Callable[[], None]] = {}
@@ -374,6 +377,13 @@ def misbehaviour(function: Callable[[], None]) -> Callable[[], None]:
 @misbehaviour
 def _crash() -> None:
     ctypes.string_at(0)
+
+
+@misbehaviour
+def _foreign_call() -> None:
+    """getpid by the numbers of the 32-bit i386, which mean other calls than ours."""
+    if ctypes.CFUNCTYPE(ctypes.c_int)(FOREIGN[0])() <= 0:
+        raise OSError(errno.ENOSYS, "no 32-bit calls")
 
 
 @misbehaviour
@@ -414,6 +424,24 @@ def _fill_log() -> None:
 
 
 @misbehaviour
+def _abuse_link() -> None:
+    """Speak to the process outside as nobody should."""
+    for fd in range(3, 256):
+        try:
+            sock = socket.socket(fileno=os.dup(fd))
+        except OSError:
+            continue
+        with sock:
+            if sock.type == socket.SOCK_SEQPACKET:
+                for _ in range(3000):
+                    socket.send_fds(sock, [b"who"], [0, 1, 2])
+                for words in (b"who", b"tell ", b"tell MAINPID=1\nFDSTORE=1\nSTATUS=still here\nX=1", b"\xff" * 60000, b"tell STATUS=\xff"):
+                    sock.send(words)
+                return
+    raise OSError(errno.ENOENT, "no link")
+
+
+@misbehaviour
 def _leave() -> None:
     os._exit(7)
 
@@ -435,6 +463,9 @@ class EscapeModel(Model):
         self._pair = socket.socketpair()
         PAIR[:] = self._pair
         TERMINAL[:] = self._terminal = os.openpty()
+        self._code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._code.write(bytes.fromhex("b814000000 cd80 c3"))
+        FOREIGN[:] = [ctypes.addressof(ctypes.c_char.from_buffer(self._code))]
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> EscapeModel:

@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.homes import socket_path
 from tests.support.sandbox import LACKING, MODEL, REPO, command
-from tests.support.service import serving, works
+from tests.support.service import disk, serving, works
 from vdpa_bridge.backends.child import ChildDevice
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver, GenericDriver
@@ -189,6 +189,32 @@ def test_the_end_of_the_parent_is_its_end() -> None:
         finally:
             for fd in watched:
                 os.close(fd)
+
+
+def test_a_disk_that_grows_is_seen_by_its_driver(tmp_path: Path) -> None:
+    """As with a model of the service's own: SIGHUP."""
+    file = tmp_path / "disk"
+    file.write_bytes(bytes(1 << 20))
+    with socket_path() as path, serving(f"{path}=child:blk?file={file}") as server:
+        server.ready()
+        with disk(Path(path)) as device, BlkDriver(device) as driver:
+            assert driver.info.capacity == 2048
+            os.truncate(file, 2 << 20)
+            server.process.send_signal(signal.SIGHUP)
+            end = time.monotonic() + 5
+            while int.from_bytes(device.get_config(0, 8), "little") != 4096:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        server.end()
+
+
+def test_the_package_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in the current directory."""
+    (tmp_path / "vdpa_bridge").mkdir()
+    (tmp_path / "vdpa_bridge" / "__init__.py").write_text("raise SystemExit('taken over')")
+    monkeypatch.chdir(tmp_path)
+    with child("model:rng") as device, Device(device.open()) as opened:
+        assert opened.identify().queues == 1
 
 
 def test_signals_from_a_terminal_do_not_reach_the_sandbox() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.bare import MODES, STEP, Bare
 from tests.support.escapes import ATTEMPTS, MAY_BE_ABSENT, OF_ROOT
 from tests.support.homes import socket_path
 from tests.support.programs import program
@@ -195,6 +196,23 @@ def test_a_crash_ends_the_process_and_is_told() -> None:
         assert not inner.path.exists()
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86-64 alone has the calls of another architecture")
+def test_a_call_of_another_architecture_ends_the_process() -> None:
+    """Its number would be judged by another meaning."""
+    with prisoner("off") as outer:
+        outer.server.ready()
+        with outer.driver() as driver:
+            if outer.attempt(driver, "foreign_call")[0]:
+                pytest.skip("this kernel has no 32-bit calls (CONFIG_IA32_EMULATION)")
+        outer.server.end()
+    with prisoner("on") as inner:
+        inner.server.ready()
+        with pytest.raises(ProtocolError), inner.driver() as driver:
+            inner.attempt(driver, "foreign_call")
+        assert inner.server.wait() == 128 + signal.SIGSYS
+        assert "died of SIGSYS" in inner.server.log
+
+
 @pytest.mark.parametrize(("name", "status"), [("loop", 1), ("loop_with_lock", 128 + signal.SIGKILL)])
 def test_a_loop_is_ended(name: str, status: int) -> None:
     with prisoner("on") as inner:
@@ -297,6 +315,40 @@ def test_the_service_manager_hears_of_it_and_clients_are_known(user: int) -> Non
             inner.server.end()
             heard = [manager.recv(4096) for _ in range(2)]
             assert b"STOPPING=1\nSTATUS=stopping" in heard
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_goes_away_is_survived_there_too(mode: str) -> None:
+    """SIGBUS is answered by a mapping in its place, which the allow-list has to leave."""
+    with socket_path() as path, program("blk", "--socket-path", path, "--size", "1M", "-v") as server:
+        server.logs("ready")
+        with Bare(path, mode) as client:
+            client.bring_up().fill(kind=8)
+            client.offer(STEP)
+            client.wait_done(STEP)
+            os.ftruncate(client.memory, 0)
+            client.offer(2 * STEP)
+            assert client.needs_reset()
+        works(Path(path))
+        server.end()
+
+
+def test_nothing_but_words_goes_out_by_the_link() -> None:
+    """The service manager hears no more than it may, and descriptors that are sent do not pile up."""
+    with socket_path() as place, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(place)
+        manager.settimeout(20)
+        with prisoner("on", NOTIFY_SOCKET=place) as inner:
+            inner.server.ready()
+            with inner.driver() as driver:
+                assert [manager.recv(4096) for _ in range(2)][1] == b"STATUS=1 device, 1 client"
+                descriptors = Path(f"/proc/{inner.server.process.pid}/fd")
+                before = len(list(descriptors.iterdir()))
+                assert inner.attempt(driver, "abuse_link") == (0, "")
+                assert manager.recv(4096) == b"STATUS=still here"
+                assert manager.recv(4096) == "STATUS=\ufffd".encode()
+                assert len(list(descriptors.iterdir())) == before
+            inner.server.end()
 
 
 def test_what_it_would_leave_open_can_be_seen() -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from ..errors import RemoteProtocolError
 from ..vhost_user.connection import Connection
@@ -27,6 +28,9 @@ from .vhost_user import VhostUserVdpa
 
 _log = logging.getLogger(__name__)
 
+_ROOT = str(Path(__file__).parents[2])
+_START = "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); from vdpa_bridge.cli import main; main()"
+"""This package, and not what is called so in the directory where somebody happens to be."""
 _READY = 30.0
 """Seconds that Python and the model may need to start."""
 _GRACE = 8.0
@@ -55,9 +59,9 @@ class ChildDevice:
         self._ready = self._closing = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "vdpa_bridge", "serve", target, "--fd", str(theirs.fileno()), "--vdpa", "require", f"--sandbox={sandbox}"]
+            command = [sys.executable, "-P", "-c", _START, _ROOT, "serve", target, "--fd", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                [*command, "--log-format", "json", "--json"],
+                [*command, "--vdpa=require", f"--sandbox={sandbox}", "--log-format=json", "--json"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -139,6 +143,11 @@ class ChildDevice:
         else:
             how = f"ended with status {status}"
         return f"its process {self.pid} {how}"
+
+    def refresh(self) -> None:
+        """Let the model look anew at what is outside, as SIGHUP does; a driver hears of it."""
+        if not self.ended:
+            self._process.send_signal(signal.SIGHUP)
 
     @property
     def ended(self) -> bool:

@@ -120,6 +120,7 @@ A TARGET names a device, wherever it lives:
   vhost-user:PATH?vdpa=off&type=blk  the same by stock vhost-user messages
   vhost-net:TAP, vhost-vsock:CID     a NIC on a tap, a socket device, served by the kernel itself
   model:blk?size=256M, model:net     a device in this process
+  child:blk?size=256M, child:net     the same in a sandboxed process of its own
 
 \b
 Every command takes --json[=FILE] and --trace[=FILE]. VDPA_BRIDGE_DEBUG=1 adds Python's traceback to errors.""",

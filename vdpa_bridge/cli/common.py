@@ -75,7 +75,7 @@ def _complete_target(ctx: click.Context, param: click.Parameter, incomplete: str
     from ..models import KINDS
     from ..system.inventory import target_names
 
-    return [name for name in (*target_names(), *(f"model:{kind}" for kind in KINDS)) if name.startswith(incomplete)]
+    return [name for name in (*target_names(), *(f"{scheme}:{kind}" for scheme in ("model", "child") for kind in KINDS)) if name.startswith(incomplete)]
 
 
 target_argument = click.argument("target", shell_complete=_complete_target)

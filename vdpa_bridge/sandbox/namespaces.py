@@ -53,8 +53,8 @@ def empty_root(paths: Mapping[str, bool]) -> None:
     """Leave nothing of the file system but *paths* (whether they can be written), which stay where they are, and the names of our descriptors. OSError."""
     mount("", "/", "", _MS_REC | _MS_PRIVATE)
     trees = {path: _tree(path, writable) for path, writable in sorted({DESCRIPTORS: False, **paths}.items())}
+    here = os.getcwd()
     try:
-        here = os.getcwd()
         root = os.path.dirname(__file__)  # any directory that is there for certain
         mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=64k,mode=755")
         os.chdir(root)
@@ -64,9 +64,9 @@ def empty_root(paths: Mapping[str, bool]) -> None:
         checked(libc.umount2(b".", _MNT_DETACH), "umount2")
         os.chdir("/")
         _set(_AT_FDCWD, "/", _SAFE | _ATTR_RDONLY, 0)
+    finally:
         with contextlib.suppress(FileNotFoundError, PermissionError):  # for paths that are relative, as far as they are there
             os.chdir(here)
-    finally:
         for tree in trees.values():
             os.close(tree)
 

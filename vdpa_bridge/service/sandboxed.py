@@ -220,7 +220,8 @@ class Supervisor:
         try:
             if data.startswith(_TELL):
                 lines = [line for line in data.removeprefix(_TELL).split(b"\n") if line.startswith(_TOLD)]
-                self._notifier.send(*(line.decode(errors="replace") for line in lines))
+                if lines:
+                    self._notifier.send(*(line.decode(errors="replace") for line in lines))
             elif data == _WHO and fds:
                 with contextlib.suppress(OSError):
                     self._link.send(_credentials(fds[0]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -239,6 +240,9 @@ class Supervisor:
 
 
 def _credentials(fd: int) -> bytes:
-    """Of the peer of a socket, as bytes; OSError for anything else."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    """Of the peer of a socket, as bytes; OSError for anything else. The descriptor stays open."""
+    sock = socket.socket(fileno=fd)
+    try:
         return _UCRED.pack(*PeerCredentials.of(sock))
+    finally:
+        sock.detach()

@@ -56,8 +56,7 @@ class ServedDevice:
 
     def refresh(self) -> str:
         """Let a model look again at what is outside (how large a disk is), and tell its driver; what changed, for the log. OSError."""
-        device = self._target.model
-        return device.refresh() if device is not None else ""
+        return self._target.refresh()
 
     def reload(self) -> str:
         """Go on with newer code of the model, if there is any; what was done, for the log. OSError, ValueError, TimeoutError."""
