@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -137,5 +138,8 @@ def prisoner(
 
 
 def _readable_address(pid: int) -> int:
-    """The beginning of its first mapping."""
-    return int(Path(f"/proc/{pid}/maps").read_text().split("-")[0], 16)
+    """The beginning of the kernel's page in it (vdso(7)); Popen returns before execve has made that."""
+    end = time.monotonic() + 10
+    while not (found := [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("[vdso]")]):
+        assert time.monotonic() < end
+    return int(found[0].split("-")[0], 16)
