@@ -21,6 +21,7 @@ import pytest
 import vdpa_bridge
 from tests.support.programs import capabilities, descriptor
 from vdpa_bridge.cli.programs import PROGRAMS
+from vdpa_bridge.models import KINDS
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "vdpa_bridge"
@@ -174,6 +175,12 @@ def test_mypy() -> None:
 
 def test_documents_are_fresh() -> None:
     run(sys.executable, REPO / "tools" / "render", "--check")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_model_says_what_stays_open_in_a_sandbox(kind: str) -> None:
+    page = (REPO / "docs" / "sandbox.md").read_text()
+    assert re.search(rf"^\|[^|]*`{kind}`[^|]*\|", page.partition("## What stays open")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", [p.name for p in files() if p.parent == REPO / "tools" and os.access(p, os.X_OK)])
