@@ -135,6 +135,89 @@ cdef extern from "slots.h" nogil:
     size_t vq_slots_add(vq_slots *slots, const uint32_t *lengths, bint each, size_t count)
     int vq_slots_take(vq_slots *slots, const vq_done *done)
 
+cdef extern from "histogram.h" nogil:
+    enum: HISTOGRAM_BUCKETS
+    struct histogram:
+        uint64_t count, sum, least, most
+        uint64_t *buckets
+    void histogram_clear(histogram *histogram)
+    uint32_t histogram_bucket(uint64_t value)
+    void histogram_add(histogram *histogram, uint64_t value)
+    void histogram_merge(histogram *into, const histogram *other)
+    uint64_t histogram_quantile(const histogram *histogram, double part)
+
+cdef extern from "pattern.h" nogil:
+    enum: PATTERN_GOOD, PATTERN_SECTOR
+    struct pattern_report:
+        int fault
+        uint64_t sector
+    void pattern_fill(void *data, size_t bytes, uint64_t sector, uint64_t generation, uint64_t seed)
+    pattern_report pattern_check(const void *data, size_t bytes, uint64_t sector, uint64_t generation, uint64_t seed)
+    int pattern_describe(const pattern_report *report, char *text, size_t size)
+
+cdef extern from "load.h" nogil:
+    int LOAD_STATE_MORE "LOAD_MORE", LOAD_STATE_DONE "LOAD_DONE", LOAD_STATE_SILENT "LOAD_SILENT"
+    int LOAD_STATE_BROKEN "LOAD_BROKEN", LOAD_STATE_FAILED "LOAD_FAILED", LOAD_STATE_ERRNO "LOAD_ERRNO"
+    struct load_ring:
+        vq_driver *vq
+        int kick, call
+        void *doorbell
+        uint16_t index
+    struct load_pace:
+        uint64_t interval, goal, patience
+        bint poll, stopping
+
+cdef extern from "load_blk.h" nogil:
+    struct load_blk_config:
+        load_ring ring
+        load_pace pace
+        uint8_t *memory
+        uint64_t iova
+        uint32_t depth, block, segment
+        uint64_t first, blocks
+        uint32_t reads
+        bint random, verify
+        uint64_t seed
+    struct load_blk_counts:
+        uint64_t reads, writes, compared
+        histogram read_latency, write_latency
+    struct load_blk:
+        load_blk_config config
+        load_blk_counts counts
+        uint64_t started, finished
+        uint64_t failed_sector
+        bint failed_write
+        uint8_t failed_status
+        pattern_report wrong
+    uint64_t load_blk_memory(uint32_t depth, uint32_t block)
+    int load_blk_init(load_blk *load, const load_blk_config *config)
+    void load_blk_destroy(load_blk *load)
+    int load_blk_run(load_blk *load, uint64_t slice)
+    void load_blk_sweep(load_blk *load)
+
+cdef extern from "load_net.h" nogil:
+    enum: LOAD_NET_SHORTEST, LOAD_NET_BATCH
+    enum load_net_mode:
+        pass
+    struct load_net_config:
+        load_ring sender, receiver
+        vq_slots *outgoing
+        vq_slots *incoming
+        load_pace pace
+        load_net_mode mode
+        uint32_t header, frame, room, batch, window
+        uint64_t linger, seed
+    struct load_net_counts:
+        uint64_t sent, received, received_bytes, ours, reordered, foreign, lost
+        histogram latency
+    struct load_net:
+        load_net_config config
+        load_net_counts counts
+        uint64_t started, finished, open
+        uint32_t headless
+    int load_net_init(load_net *load, const load_net_config *config)
+    int load_net_run(load_net *load, uint64_t slice)
+
 cdef extern from "relay.h" nogil:
     enum: RELAY_KICK, RELAY_CALL, RELAY_AGAIN, RELAY_MOVED
     struct relay:
@@ -208,6 +291,26 @@ cdef class Slots:
     cdef list others  # (token, written) of chains that are not ours
     cdef uint32_t checked(self, object length) except 0
     cdef size_t reap_some(self) except? 0
+
+
+@cython.final
+cdef class Histogram:
+    cdef histogram core
+    @staticmethod
+    cdef Histogram of(const histogram *core)
+
+
+@cython.final
+cdef class BlkLoad:
+    cdef DriverQueue queue
+    cdef load_blk core
+    cdef object owner
+
+
+@cython.final
+cdef class NetLoad:
+    cdef Slots outgoing, incoming
+    cdef load_net core
 
 
 @cython.final

@@ -12,6 +12,19 @@ from typing import Generic, NoReturn, Self, TypeAlias, TypeVar, final
 
 from typing_extensions import Buffer
 
+from ._virtqueue_load import LARGEST_BATCH as LARGEST_BATCH
+from ._virtqueue_load import LOAD_BROKEN as LOAD_BROKEN
+from ._virtqueue_load import LOAD_DONE as LOAD_DONE
+from ._virtqueue_load import LOAD_FAILED as LOAD_FAILED
+from ._virtqueue_load import LOAD_MORE as LOAD_MORE
+from ._virtqueue_load import LOAD_SILENT as LOAD_SILENT
+from ._virtqueue_load import SHORTEST_FRAME as SHORTEST_FRAME
+from ._virtqueue_load import BlkLoad as BlkLoad
+from ._virtqueue_load import Histogram as Histogram
+from ._virtqueue_load import NetLoad as NetLoad
+from ._virtqueue_load import check_pattern as check_pattern
+from ._virtqueue_load import fill_pattern as fill_pattern
+
 _T = TypeVar("_T")
 _Segments: TypeAlias = Sequence[tuple[int, int]]
 """Buffers of one side of a chain: (iova, bytes) each, none of them empty."""

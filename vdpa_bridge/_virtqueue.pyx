@@ -5,11 +5,11 @@
 Rule: convert and check Python values, keep what C points into alive, hold no ring logic. Batches cross once. The GIL is
 released for file I/O only: everything else is shorter than giving it up and taking it back. The C declarations and the
 fields of the classes are in `_virtqueue.pxd`, the IOVA map and the guard in `_virtqueue_memory.pxi`, slots,
-relays and engines in files of theirs.
+load generators, relays and engines in files of theirs.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC, EPROTO, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -457,6 +457,7 @@ cdef class DriverQueue:
 
 
 include "_virtqueue_slots.pxi"
+include "_virtqueue_load.pxi"
 
 
 def ring_layout(num, table_entries=0, bint packed=False):

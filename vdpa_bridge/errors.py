@@ -10,6 +10,7 @@
         PeerTimeout             it did not answer in time (also a TimeoutError)
         NotOffered              it lacks a protocol feature that is required
     FeatureError            device and driver found no common ground (a RuntimeError)
+    DataError               what was read is not what was written (also an OSError, EILSEQ)
     DeviceBroken            the device, or the memory it shares with us, cannot be trusted any more (also an OSError, EIO)
 """
 
@@ -49,6 +50,10 @@ class NotOffered(RemoteProtocolError):
 
 class FeatureError(RuntimeError):
     """Feature negotiation failed; the text names the features."""
+
+
+class DataError(OSError):
+    """What was read is not what was written; the text says which sector has what instead."""
 
 
 class DeviceBroken(OSError):

@@ -95,6 +95,11 @@ class Doorbell:
         self.index = index
         self._page: int = page
 
+    @property
+    def address(self) -> int:
+        """Where the page is mapped; 0 when closed."""
+        return self._page
+
     def ring(self) -> None:
         """Kick. ValueError when closed."""
         if not self._page:

@@ -19,6 +19,7 @@ from tests.support.seen import Seen
 from tests.support.sockets import listens
 from vdpa_bridge import Device, ProtocolError, RemoteProtocolError, Target
 from vdpa_bridge.drivers.blk import BlkDriver
+from vdpa_bridge.load import BlkWork, Timing, load_blk
 
 pytestmark = [
     pytest.mark.peers,
@@ -114,6 +115,33 @@ def test_death_is_an_error(daemon: Daemon) -> None:
             device.get_features()
         with pytest.raises(ProtocolError, match="dead"):
             device.get_features()
+
+
+@pytest.mark.parametrize("poll", [False, True])
+def test_load_is_borne_and_verified(daemon: Daemon, poll: bool) -> None:
+    with Device(target(daemon).open()) as device, BlkDriver(device, queues=(0, 1)) as disk:
+        work = BlkWork(Timing(duration=0, count=4000, poll=poll), reads=60, verify=True, length=4 << 20)
+        result = load_blk(disk, work)
+        assert result.reads.count + result.writes.count == 4000
+        assert min(result.compared, result.read_back) > 0
+        assert disk.read(8 << 20, 1 << 20) == daemon.image.read_bytes()[8 << 20 : 9 << 20], "beyond the range"
+
+
+@pytest.mark.parametrize("poll", [False, True])
+@pytest.mark.parametrize(("sent", "error"), [(signal.SIGKILL, ProtocolError), (signal.SIGSTOP, TimeoutError)])
+def test_load_on_a_disk_that_dies_or_stops_ends(daemon: Daemon, sent: signal.Signals, error: type[Exception], poll: bool) -> None:
+    def strike(seconds: float, done: int) -> None:
+        if done and not struck:
+            struck.append(seconds)
+            os.kill(daemon.process.pid, sent)
+
+    struck: list[float] = []
+    with Device(target(daemon, "&timeout=1").open()) as device, BlkDriver(device, timeout=1) as disk:
+        start = time.monotonic()
+        with pytest.raises(error, match=f"vhost-user:{daemon.path}"):
+            load_blk(disk, BlkWork(Timing(duration=30, poll=poll)), strike)
+        assert struck
+        assert time.monotonic() - start < 10
 
 
 def test_silence_is_an_error(daemon: Daemon) -> None:

@@ -62,7 +62,8 @@ def test_help_lists_all_commands_and_the_targets() -> None:
 
 def _all_commands() -> list[tuple[str, ...]]:
     managing = ("mgmtdev show", "dev show", "dev add", "dev del", "dev set", "dev config show", "dev vstats show", "bind")
-    commands = [(name,) for name in COMMANDS] + [(name, "TARGET", verb) for name in COMMANDS if name != "mgmt" for verb in _verbs(name)]
+    commands = [(name,) for name in COMMANDS] + [(name, "TARGET", verb) for name in COMMANDS if name not in ("mgmt", "bench") for verb in _verbs(name)]
+    commands += [("bench", "blk"), ("bench", "net")]
     return commands + [("mgmt", *words.split()) for words in managing]
 
 

@@ -4,8 +4,8 @@
 Disks: reads of 4 KiB from qemu-storage-daemon, next to userspace/client. Networks: frames of 64 bytes sent into DPDK's vhost
 port, which takes and forgets them, next to DPDK's virtio-user; all poll. Back-end and client have a CPU each where there are two.
 The ways take turns, each in a session of its own; figures are medians of turns that nothing else on the machine disturbed.
-"batches" is the native ring: chains made once (frames lie in their buffers as they are, testpmd makes each anew), posted and reaped
-in batches. "submit and complete", "read" and "send_many" are the drivers: a Python object for each request or frame, checked and copied.
+"load generator" is `vdpa-bridge bench`; its frames are made once and stamped, testpmd makes each anew. "submit and complete", "read"
+and "send_many" are the drivers: a Python object for each request or frame, checked and copied.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import contextlib
 import json
 import os
 import re
-import select
 import statistics
-import struct
 import subprocess
 import tempfile
 import time
@@ -34,7 +32,7 @@ from serve import client
 
 from vdpa_bridge import connect
 from vdpa_bridge.drivers import BlkDriver, BlkRequest, NetDriver
-from vdpa_bridge.drivers.ring import Pending, Segments, drain
+from vdpa_bridge.load import BlkWork, NetWork, Timing, load_blk, load_net
 
 BYTES, DISK = 4096, 8 << 20
 DEPTHS = (1, 32)
@@ -42,53 +40,9 @@ FRAME, BURST, MANY = 64, 32, 256
 """Bytes of a frame; frames that testpmd makes at once; frames in one call of ``send_many``."""
 RING = 256
 SECONDS = 2.0
-LOOKS = 1000
-"""Looks at the ring between two at the clock."""
-C, BATCHES, SUBMIT, READ, SEND = "client in C", "batches", "submit and complete", "read", "send_many"
+WARMUP = 0.2
+C, LOAD, SUBMIT, READ, SEND = "client in C", "load generator", "submit and complete", "read", "send_many"
 MOST = 1.2
-_STATUS_AT = 16
-
-
-class Slot(Pending):
-    """A read that is posted again and again."""
-
-    def __init__(self, disk: BlkDriver, number: int) -> None:
-        super().__init__()
-        self.head, self.data = disk._pool.take(64), disk._pool.take(BYTES)
-        struct.pack_into("<IIQ", self.head.data, 0, 0, 0, number * (BYTES // 512))
-        self.head.data[_STATUS_AT] = 0xFF
-        self.chain: tuple[Segments, Segments, Pending] = (
-            [(self.head.iova, _STATUS_AT)],
-            [(self.data.iova, BYTES), (self.head.iova + _STATUS_AT, 1)],
-            self,
-        )
-
-
-def in_batches(disk: BlkDriver, depth: int, requests: int) -> None:
-    """*requests* reads, *depth* in flight; what came back is posted again at once."""
-    ring = disk.ring(0)
-    queue, poller = ring.queue, select.poll()
-    poller.register(ring.call, select.POLLIN)
-    slots = [Slot(disk, at) for at in range(depth)]
-    ring.submit([slot.chain for slot in slots])
-    left = requests
-    while left > 0:
-        while not (done := queue.reap()):
-            if not queue.enable_call():
-                if not poller.poll(5000):
-                    raise SystemExit("bench: no completion within 5 s")
-                drain(ring.call)
-            queue.disable_call()
-        left -= len(done)
-        if left > 0:
-            ring.submit([slot.chain for slot, _ in done if isinstance(slot, Slot)])
-    while queue.in_flight:
-        queue.reap()
-    if any(slot.head.data[_STATUS_AT] for slot in slots):
-        raise SystemExit("bench: a read failed")
-    for slot in slots:
-        disk._pool.give(slot.head)
-        disk._pool.give(slot.data)
 
 
 def by_submit(disk: BlkDriver, depth: int, requests: int) -> None:
@@ -102,6 +56,14 @@ def by_read(disk: BlkDriver, depth: int, requests: int) -> None:
     """One call, one request."""
     for _ in range(requests):
         disk.read(0, BYTES)
+
+
+def rate_of_load(path: str, depth: int, requests: int) -> float:
+    """Requests per second of the load generator, in the same order as those of the client in C."""
+    with connect(f"vhost-user:{path}?type=blk") as device, BlkDriver(device) as disk:
+        load_blk(disk, BlkWork(Timing(duration=0, count=depth * 4), BYTES, depth, random=False))
+        result = load_blk(disk, BlkWork(Timing(duration=0, count=requests), BYTES, depth, random=False))
+        return result.reads.count / result.spent.seconds
 
 
 def rate(work: Callable[[BlkDriver, int, int], None], path: str, depth: int, requests: int) -> float:
@@ -124,7 +86,7 @@ def rate_in_c(path: str, depth: int, requests: int) -> float:
 
 WAYS: dict[str, Callable[[str, int, int], float]] = {
     C: rate_in_c,
-    BATCHES: lambda path, depth, requests: rate(in_batches, path, depth, requests),
+    LOAD: rate_of_load,
     SUBMIT: lambda path, depth, requests: rate(by_submit, path, depth, requests),
     READ: lambda path, depth, requests: rate(by_read, path, depth, requests),
 }
@@ -172,23 +134,6 @@ def measure(requests: int, repeat: int, cpus: tuple[int, int]) -> list[dict[str,
     return rows
 
 
-def frames_in_batches(nic: NetDriver, seconds: float) -> int:
-    """Frames that lie in their slots as they are, posted again whenever they come back; how many went out."""
-    ring, size = nic.ring(1), nic.header + FRAME
-    assert ring.slots is not None
-    slots, done, sizes = ring.slots, 0, [size] * ring.queue.num
-    slots.copy([_frame()] * slots.idle, skip=nic.header)
-    ring.queue.disable_call()
-    ring.publish()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for _ in range(LOOKS):
-            if back := slots.collect():
-                done += slots.add(sizes[:back])
-                ring.publish()
-    return done
-
-
 def frames_by_driver(nic: NetDriver, seconds: float) -> int:
     """The driver's own way."""
     many, done, end = [_frame()] * MANY, 0, time.perf_counter() + seconds
@@ -207,6 +152,13 @@ def frame_rate(work: Callable[[NetDriver, float], int], path: Path) -> float:
     with connect(f"vhost-user:{path}?type=net&vdpa=off") as device, NetDriver(device) as nic:
         start = time.perf_counter()
         return work(nic, SECONDS) / (time.perf_counter() - start)
+
+
+def frame_rate_of_load(path: Path) -> float:
+    """Frames per second of the load generator."""
+    with connect(f"vhost-user:{path}?type=net&vdpa=off") as device, NetDriver(device) as nic:
+        result = load_net(nic, NetWork(Timing(duration=SECONDS, warmup=WARMUP, poll=True), frame=FRAME, batch=2 * BURST))
+        return result.sent / result.spent.seconds
 
 
 def testpmd(main: int, worker: int, device: str, *options: str) -> list[str]:
@@ -242,7 +194,7 @@ def measure_frames(repeat: int, cpus: tuple[int, int]) -> dict[str, Any]:
         with running(testpmd(client_cpu, back_end, f"net_vhost0,iface={path}", "--forward-mode=rxonly"), path) as server, on_cpu(client_cpu):
             ways: dict[str, Callable[[], float]] = {
                 C: lambda: frame_rate_in_c(path, cpus),
-                BATCHES: lambda: frame_rate(frames_in_batches, path),
+                LOAD: lambda: frame_rate_of_load(path),
                 SEND: lambda: frame_rate(frames_by_driver, path),
             }
             return row("frames of 64 bytes", RING // 2, turns(ways, repeat, [server.pid]))
@@ -251,7 +203,7 @@ def measure_frames(repeat: int, cpus: tuple[int, int]) -> dict[str, Any]:
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
     """What the project holds itself to; of rows that say something, as most of their turns were left alone."""
     told = [row for row in rows if 2 * row["disturbed"] < row["turns"]]
-    return [Goal(f"{row['work']}, {row['depth']} in flight: client in C / {BATCHES}", row["ratios"][BATCHES], MOST) for row in told]
+    return [Goal(f"{row['work']}, {row['depth']} in flight: client in C / {LOAD}", row["ratios"][LOAD], MOST) for row in told]
 
 
 def show(report: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ import click
 
 from ..errors import FeatureError, ProtocolError, reason
 
-COMMANDS = ("list", "show", "explain", "mgmt", "ops", "call", "blk", "net", "rng", "console", "scsi", "fs", "vsock", "input", "gpio", "i2c", "drive", "serve", "vduse", "compare", "descriptors")
+COMMANDS = ("list", "show", "explain", "mgmt", "ops", "call", "blk", "net", "rng", "console", "scsi", "fs", "vsock", "input", "gpio", "i2c", "drive", "serve", "vduse", "compare", "bench", "descriptors")
 """The modules of this package that hold a ``command``, in the order of --help."""
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130

@@ -58,3 +58,12 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def ticker() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that stderr is, for as long as it lasts; call what it yields with its text."""
+    from rich.status import Status
+
+    with Status("", console=Console(stderr=True, highlight=False)) as status:
+        yield lambda text: status.update(Text(text))

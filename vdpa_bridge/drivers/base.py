@@ -23,7 +23,7 @@ from ..memory import PAGE, Buffer, Doorbell
 from ..virtio.ids import DeviceId, device_name
 from ..virtqueue import PACKED_BEGIN, DriverQueue, RingLayout
 from ..wire import Iova
-from .pool import Space, place
+from .pool import Pool, Space, place
 from .ring import Pending, Posted, Ring, Segments, drain, segments
 
 RING_FEATURES = Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
@@ -271,6 +271,20 @@ class Driver:
         if index not in self._rings:
             raise ValueError(f"{self.name}: the driver has no queue {index}, only {', '.join(map(str, self._rings)) or 'none'}")
         return self._rings[index]
+
+    @property
+    def indices(self) -> list[int]:
+        """The queues that the driver has."""
+        return list(self._rings)
+
+    @property
+    def pool(self) -> Pool:
+        """Where its buffers are taken from, and given back to."""
+        return self._pool
+
+    def broken_rings(self) -> list[str]:
+        """Each ring that is broken, and why."""
+        return [f"queue {ring.index}: {ring.queue.broken}" for ring in self._rings.values() if ring.queue.broken]
 
     def read_config(self, most: int) -> bytes:
         """The device's configuration space, its first *most* bytes if it has more."""

@@ -197,12 +197,13 @@ class BlkDriver(Driver):
         if len(config) < 8:
             raise DeviceBroken(f"{self.name} has a configuration space of {len(config)} bytes, too short for a capacity")
         self.info = info = blk_info(self.features, config)
-        self._segment = info.size_max or 1 << 32
+        self.segment = info.size_max or 1 << 32
+        """Bytes that one buffer may have."""
         segments = min(info.seg_max or 1, self._num - 2)
-        chunk = min(_CHUNK, self._pool.size // 4, self._segment * max(segments, 1))
+        chunk = min(_CHUNK, self._pool.size // 4, self.segment * max(segments, 1))
         self._chunk = chunk // SECTOR * SECTOR
         if not self._chunk:
-            raise DeviceBroken(f"{self.name} takes {segments} segments of {self._segment} bytes: less than one sector")
+            raise DeviceBroken(f"{self.name} takes {segments} segments of {self.segment} bytes: less than one sector")
         return info
 
     # Bytes -------------------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ class BlkDriver(Driver):
 
     def _descriptors(self, request: BlkRequest) -> int:
         """How many entries of the ring the request takes."""
-        most = self._segment
+        most = self.segment
         count = 2 + -(-len(request.payload) // most) + -(-request.length // most)
         return 1 if self._indirect and count <= self.table_entries else count
 
@@ -357,7 +358,7 @@ class BlkDriver(Driver):
 
     def _cut(self, iova: int, length: int) -> Segments:
         """Segments no longer than the device takes."""
-        most = self._segment
+        most = self.segment
         if length <= most:
             return [(iova, length)]
         return [(iova + at, min(most, length - at)) for at in range(0, length, most)]

@@ -147,7 +147,7 @@ class NetDriver(Driver):
             options["isolated"] = (self._control,)
         self.dropped = 0
         """Frames that came in while too many were waiting already."""
-        self._pairs = [self.pair_type(self, number) for number in range(pairs)]
+        self.pairs = [self.pair_type(self, number) for number in range(pairs)]
         super().__init__(device, wanted=wanted & ~F.MQ, queues=queues, **options)
 
     def _ready(self) -> None:
@@ -161,14 +161,14 @@ class NetDriver(Driver):
         """Bytes of payload that a frame may have."""
         self.max_frame = self.mtu + SHORTEST + _VLAN
         size = self.header + self.max_frame
-        depth = min(self._num, self._pool.free * 9 // 10 // len(self._pairs) // (-(-size // LINE) * LINE) * 2 // 3)
+        depth = min(self._num, self._pool.free * 9 // 10 // len(self.pairs) // (-(-size // LINE) * LINE) * 2 // 3)
         if depth < 2:
             raise ValueError(f"{self.name}: a pool of {self._pool.free} bytes has no room for frames of {self.max_frame}")
-        for pair in self._pairs:
+        for pair in self.pairs:
             pair.fill(self._pool, depth, size)
         self._replenish()
-        if len(self._pairs) > 1 and self.features & F.CTRL_VQ:
-            self._command(_SET_PAIRS, len(self._pairs).to_bytes(2, "little"), f"{len(self._pairs)} queue pairs")
+        if len(self.pairs) > 1 and self.features & F.CTRL_VQ:
+            self._command(_SET_PAIRS, len(self.pairs).to_bytes(2, "little"), f"{len(self.pairs)} queue pairs")
 
     def _config(self) -> dict[str, Value]:
         return parse_config(DeviceId.NET, self.features, self.read_config(_CONFIG_BYTES))
@@ -219,15 +219,15 @@ class NetDriver(Driver):
         return copied
 
     def _pair(self, number: int) -> Pair:
-        if not 0 <= number < len(self._pairs):
-            raise ValueError(f"{self.name}: there is no queue pair {number}, the driver has {len(self._pairs)}")
-        return self._pairs[number]
+        if not 0 <= number < len(self.pairs):
+            raise ValueError(f"{self.name}: there is no queue pair {number}, the driver has {len(self.pairs)}")
+        return self.pairs[number]
 
     # Receive -----------------------------------------------------------------------------------------------------------
 
     def receive(self, timeout: float | None = None, pair: int | None = None) -> bytes:
         """The next frame, of queue pair number *pair* (default: of any); TimeoutError when none comes."""
-        pairs = self._pairs if pair is None else [self._pair(pair)]
+        pairs = self.pairs if pair is None else [self._pair(pair)]
         if not any(one.received for one in pairs):
             self.wait(lambda: any(one.received for one in pairs), "the arrival of a frame", timeout)
         return next(one for one in pairs if one.received).received.popleft()
@@ -237,7 +237,7 @@ class NetDriver(Driver):
 
         In order of arrival within a queue pair; of several pairs, the lower one first.
         """
-        pairs = self._pairs if pair is None else [self._pair(pair)]
+        pairs = self.pairs if pair is None else [self._pair(pair)]
         try:
             self.wait(lambda: sum(len(one.received) for one in pairs) >= count, f"the arrival of {count} frames", timeout)
         except TimeoutError:
@@ -246,7 +246,7 @@ class NetDriver(Driver):
         return [one.received.popleft() for one in waiting[:count]]
 
     def _replenish(self) -> None:
-        for pair in self._pairs:
+        for pair in self.pairs:
             pair.replenish()
 
     def headless(self, written: int) -> DeviceBroken:

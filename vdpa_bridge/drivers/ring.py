@@ -80,6 +80,11 @@ class Ring:
         self.slots = self.take_slots = None
         del self.queue
 
+    @property
+    def signals(self) -> tuple[int, int, int, int]:
+        """What a native loop needs to kick and to be called: eventfds, the address of the doorbell or 0, index of the queue."""
+        return self.kick, self.call, self.doorbell.address if self.doorbell else 0, self.index
+
     def submit(self, requests: Sequence[tuple[Segments, Segments, Pending]]) -> int:
         """Post as many as fit, tell the device; return how many. OSError EPROTO when the ring is broken."""
         added = self.queue.add_many(requests)
