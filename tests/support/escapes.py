@@ -353,7 +353,7 @@ def _code_of_old_memory(facts: Facts) -> None:
 OF_ROOT = {"packet_socket", "signal_parent", "mount_namespace", "network_namespace", "mount", "chroot", "hostname", "type_into_terminal", "type_into_terminal_by_high_bits", "bpf", "perf", "kexec"}
 """Those that only root can be expected to succeed in."""
 MAY_BE_ABSENT = {"io_uring", "bpf", "perf", "kexec", "keys", "userfaultfd", "system_v", "user_namespace", "type_into_terminal", "type_into_terminal_by_high_bits", "above_descriptors"}
-"""Those that a kernel may be built or set up without."""
+"""Those that a kernel may be built or set up without, so that they may fail everywhere."""
 
 PAIR: list[socket.socket] = []
 TERMINAL: list[int] = []

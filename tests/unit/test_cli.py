@@ -98,7 +98,7 @@ def test_help_imports_nothing_heavy() -> None:
         (("show",), "TARGET"),
         (("show", "model:blk", "--loud"), "--loud"),
         (("show", "floppy:0"), "a target is"),
-        (("show", "model:floppy"), "blk, net"),
+        (("show", "model:floppy"), "there is: blk, "),
         (("show", "model:blk?sise=1M"), "sise"),
         (("ops", "nothing"), "nothing"),
         (("blk", "model:blk", "read", "--length", "many"), "64K"),

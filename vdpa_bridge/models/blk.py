@@ -203,8 +203,8 @@ class BlkModel(Model):
         self._engines.clear()
 
     def engine(self, index: int) -> Engine | None:
-        """One for each queue, as long as ``process`` is the one below and nobody's own."""
-        if not self._native or getattr(self.process, "__func__", None) is not BlkModel.process:
+        """One for each queue; none for a class of somebody's own, which may do anything otherwise."""
+        if not self._native or type(self) is not BlkModel:
             return None
         if index not in self._engines:
             self._engines[index] = BlkEngine(
