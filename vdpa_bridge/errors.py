@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 
 class ProtocolError(Exception):
@@ -72,6 +73,14 @@ def device_error(number: int, what: str, where: str, why: str = "") -> OSError:
 def errno_name(number: int) -> str:
     """``EINVAL``; the kernel's name where libc has two, ``errno 524`` where it has none."""
     return {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN"}.get(number) or errno.errorcode.get(number, f"errno {number}")
+
+
+def signal_name(number: int) -> str:
+    """``SIGSEGV``; ``signal 35`` where libc has no name for it."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def reason(error: BaseException) -> str:

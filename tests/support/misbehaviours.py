@@ -93,7 +93,8 @@ def _abuse_link() -> None:
 
 @misbehaviour
 def _leave() -> None:
-    os._exit(7)
+    os.write(2, b"[" * 1900 + b"\n" + b"{}\n")
+    os._exit(200)
 
 
 @misbehaviour

@@ -63,6 +63,14 @@ main(words)
 """
 
 
+def none_for_others() -> str:
+    """Why another user could not make namespaces here; empty if it can."""
+    if os.getuid():
+        return "needs root, to become somebody else"
+    tried = subprocess.run(["unshare", "--user", "true"], user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, text=True, timeout=20, check=False)
+    return tried.stderr.strip() and f"{tried.stderr.strip()} (for another user: a chroot?)"
+
+
 def command(lacking: Sequence[str] = (), user: int = 0) -> list[str]:
     """How to start ``vdpa-bridge`` as *user* on a kernel without some layers."""
     modules = [info.name for info in pkgutil.walk_packages(vdpa_bridge.__path__, "vdpa_bridge.") if info.name != "vdpa_bridge.__main__"]

@@ -22,14 +22,14 @@ from tests.support.bare import MODES, STEP, Bare
 from tests.support.escapes import ATTEMPTS, MAY_BE_ABSENT, OF_ROOT
 from tests.support.homes import socket_path
 from tests.support.programs import program
-from tests.support.sandbox import NOBODY, Prisoner, prisoner
+from tests.support.sandbox import NOBODY, Prisoner, none_for_others, prisoner
 from tests.support.service import listening, refused, serving, works
 from vdpa_bridge.drivers import GenericDriver
 from vdpa_bridge.errors import DeviceBroken, ProtocolError
 from vdpa_bridge.sandbox import landlock
 
 ROOT = os.getuid() == 0
-USERS = [pytest.param(0, id="root" if ROOT else "user"), pytest.param(NOBODY, id="nobody", marks=[] if ROOT else pytest.mark.skip(reason="needs root, to become somebody else"))]
+USERS = [pytest.param(0, id="root" if ROOT else "user"), *([] if none_for_others() else [pytest.param(NOBODY, id="nobody")])]
 LAST = "become_program"
 """After it, there is nobody to ask."""
 REFUSALS = {errno.EPERM, errno.EACCES, errno.ENOSYS}
@@ -200,8 +200,7 @@ def test_a_call_of_another_architecture_ends_the_process() -> None:
     with prisoner("off") as outer:
         outer.server.ready()
         with outer.driver() as driver:
-            if outer.attempt(driver, "foreign_call")[0]:
-                pytest.skip("this kernel has no 32-bit calls (CONFIG_IA32_EMULATION)")
+            assert outer.attempt(driver, "foreign_call")[0] == 0, "needs CONFIG_IA32_EMULATION"
         outer.server.end()
     with prisoner("on") as inner:
         inner.server.ready()
@@ -356,6 +355,19 @@ def test_what_it_would_leave_open_can_be_seen() -> None:
     assert (shown["needs"]["network"], shown["network"], shown["lacking_here"]) == (True, "that of the system", [])
     assert {"read", "socket"} <= set(shown["system_calls"])
     assert not {"execve", "ptrace", "open", "openat", "fork"} & set(shown["system_calls"])
+
+
+def test_a_model_with_a_thread_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "early.py"
+    model.write_text(
+        "import threading, time\nfrom vdpa_bridge.models import Model\n"
+        "class Early(Model):\n    device_id = 4\n    queue_count = 1\n    def process(self, queues, index):\n        pass\n"
+        "    def __init__(self):\n        threading.Thread(target=time.sleep, args=(60,), name='too early', daemon=True).start()\n"
+    )
+    with socket_path() as path:
+        log = refused(f"model:{model}", "--socket-path", path, "--sandbox=on", status=2)
+        assert log.startswith("error: threads run before the sandbox is closed (too early): ")
+        assert not Path(path).exists()
 
 
 def test_only_models_can_be_closed_in() -> None:

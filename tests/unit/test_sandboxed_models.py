@@ -4,49 +4,26 @@
 from __future__ import annotations
 
 import os
-import select
-import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlencode
 
 import pytest
 
 from tests.support.homes import socket_path
+from tests.support.sandboxed import FRAME, PATIENCE, frame, nic
 from tests.support.service import listening
-from tests.support.tapped import ip, tap_name
-from tests.support.taps import wire
-from vdpa_bridge.drivers import NetDriver, VsockDriver
+from vdpa_bridge.drivers import VsockDriver
 from vdpa_bridge.targets import connect
-
-PATIENCE = 10.0
-ME, OTHER = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
-FRAME = b"\xff" * 6 + OTHER + b"\x88\xb5" + b"through the wall".ljust(50, b".")
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
     with socket_path() as path:
         yield Path(path).parent
-
-
-@contextmanager
-def nic(**options: str) -> Iterator[NetDriver]:
-    with connect(f"child:net?{urlencode(options)}") as device, NetDriver(device) as driver:
-        yield driver
-
-
-def frame(driver: NetDriver) -> bytes:
-    """The next one of ours that comes."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if (received := driver.receive(end - time.monotonic()))[12:14] == b"\x88\xb5":
-            return received
-    raise TimeoutError("no frame came")
 
 
 def test_a_stream_that_is_connected_to_anew(folder: Path) -> None:
@@ -107,44 +84,3 @@ def test_sockets_of_a_guest(folder: Path) -> None:
                 client.send(b"hello")
                 assert stream.receive() == b"hello"
     assert not Path(uds).exists()
-
-
-@pytest.mark.skipif(os.getuid() != 0 or not Path("/dev/net/tun").exists() or not shutil.which("ip"), reason="needs root, /dev/net/tun and ip")
-def test_a_tap(folder: Path) -> None:
-    """In the network that the process is no part of any more; what the driver accepts is told to it."""
-    name = tap_name()
-    try:
-        with nic(tap=name) as driver:
-            assert driver.link_up
-            with wire(name) as end:
-                end.send(FRAME)
-                assert frame(driver) == FRAME
-                driver.send(FRAME)
-                assert select.select([end], [], [], PATIENCE)[0]
-    finally:
-        if Path("/sys/class/net", name).exists():
-            ip("link", "delete", "dev", name)
-
-
-@pytest.mark.skipif(not shutil.which("passt"), reason="needs passt: apt-get install passt")
-def test_a_user_network(folder: Path) -> None:
-    """passt is a program: it runs outside, started before, and ends with the device."""
-    with nic(user="on") as driver:
-        assert driver.link_up
-        pid = driver.device.backend.facts()["process"]
-        assert isinstance(pid, int)
-        (passt,) = (int(child) for child in children(pid) if b"passt" in Path(f"/proc/{child}/cmdline").read_bytes())
-        watched = os.pidfd_open(passt)
-        who_has = bytes.fromhex("0001 0800 06 04 0001") + ME + bytes((10, 0, 2, 15)) + bytes(6) + bytes((10, 0, 2, 2))
-        driver.send(b"\xff" * 6 + ME + b"\x08\x06" + who_has.ljust(46, b"\0"))
-        while (answer := driver.receive(PATIENCE))[12:14] != b"\x08\x06":
-            pass
-        assert answer[28:32] == bytes((10, 0, 2, 2))
-    try:
-        assert select.select([watched], [], [], PATIENCE)[0]
-    finally:
-        os.close(watched)
-
-
-def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..errors import RemoteProtocolError
+from ..errors import RemoteProtocolError, signal_name
 from ..vhost_user.connection import Connection
 from .base import Backend
 from .vhost_user import VhostUserVdpa
@@ -58,15 +58,19 @@ class ChildDevice:
         self._words = ""
         self._ready = self._closing = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-P", "-c", _START, _ROOT, "serve", target, "--fd", str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                [*command, "--vdpa=require", f"--sandbox={sandbox}", "--log-format=json", "--json"],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
+        command = [sys.executable, "-P", "-c", _START, _ROOT, "serve", target, "--fd", str(theirs.fileno())]
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [*command, "--vdpa=require", f"--sandbox={sandbox}", "--log-format=json", "--json"],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+        except BaseException:
+            self._socket.close()
+            raise
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._out, self._err = self._process.stdout, self._process.stderr
@@ -79,7 +83,9 @@ class ChildDevice:
             raise
 
     def _await_ready(self) -> None:
-        ready, _, _ = select.select([self._out], [], [], _READY)
+        watch = select.poll()
+        watch.register(self._out, select.POLLIN)
+        ready = watch.poll(_READY * 1000)
         if ready and os.read(self._out.fileno(), 1 << 16):
             self._ready = True
             return
@@ -137,9 +143,9 @@ class ChildDevice:
         if status is None:
             how = "runs"
         elif status > 128:
-            how = f"died of {signal.Signals(status - 128).name}"
+            how = f"died of {signal_name(status - 128)}"
         elif status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
+            how = f"was ended by {signal_name(-status)}"
         else:
             how = f"ended with status {status}"
         return f"its process {self.pid} {how}"
@@ -224,13 +230,12 @@ class _Session(VhostUserVdpa):
 def _parse(line: bytes, before: str) -> tuple[int, str]:
     """Level and text of a line of a log: JSON, or what Python says when it dies. An empty line says what was said *before*."""
     text = line.decode(errors="replace").strip()
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(text)
         if isinstance(fields, dict):
             level = logging.getLevelNamesMapping().get(str(fields.get("level")).upper(), logging.WARNING)
             words = [str(fields[key]) for key in ("event", "reason") if fields.get(key)]
-            text, line = ": ".join(words), b""
-            return level, _printable(text) or before
+            return level, _printable(": ".join(words)) or before
     return logging.WARNING, _printable(text.removeprefix("error: ")) or before
 
 

@@ -26,7 +26,7 @@ DESCRIPTORS = "/proc/self/fd"
 """What a process may know of its own descriptors: the kind of each."""
 CURE = (
     "allow user namespaces (sysctl user.max_user_namespaces=10000, and kernel.unprivileged_userns_clone=1 on Debian or "
-    "kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu) or, in a container, unshare and mount in its seccomp profile"
+    "kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu), outside of a chroot; in a container, unshare and mount in its seccomp profile"
 )
 """What helps where they cannot be made."""
 

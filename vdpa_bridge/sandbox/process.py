@@ -95,6 +95,13 @@ class Inside:
             os._exit(1)
 
 
+def check_threads() -> None:
+    """ValueError when there are others: a fork would lose them, and Landlock would not hold for them."""
+    if len(os.listdir("/proc/self/task")) > 1:
+        names = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.main_thread())
+        raise ValueError(f"threads run before the sandbox is closed ({names or 'not of Python'}): a model starts its own in start(), not when it is made")
+
+
 def _detach() -> None:
     """No terminal, and nothing to read from who started us."""
     os.setsid()
@@ -105,9 +112,7 @@ def _detach() -> None:
 
 
 def split(network: bool) -> Outside | Inside:
-    """Fork into namespaces; returns twice. *network*: see ``Needs``. RuntimeError when there are threads, which a fork would lose."""
-    if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError(f"threads run before the sandbox is closed: {', '.join(thread.name for thread in threading.enumerate())}")
+    """Fork into namespaces; returns twice. *network*: see ``Needs``. There is no thread beside this one (``check_threads``)."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     prctl(PR_SET_CHILD_SUBREAPER, 1, what="PR_SET_CHILD_SUBREAPER")
     middle = os.fork()

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from .kernel import libc
 
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_BADARCH, _TSYNC = 2, 4
+_BADARCH, _TSYNC, _TRUE_ERRNO = 2, 4, 9
+"""SCMP_FLTATR_*"""
 _EQUAL, _MASKED_EQUAL = 4, 7
 _NUMBERS = range(512)
 """Where system calls are that this libseccomp may not know yet; for libc, they are those of an older kernel."""
@@ -80,6 +81,7 @@ class Filter:
             raise MemoryError("seccomp_init")
         _check(lib.seccomp_attr_set(self._context, _BADARCH, _KILL_PROCESS), "seccomp_attr_set")
         _check(lib.seccomp_attr_set(self._context, _TSYNC, 1), "seccomp with TSYNC")
+        _check(lib.seccomp_attr_set(self._context, _TRUE_ERRNO, 1), "libseccomp of before 2.5")
         for name, arguments in rules:
             if (number := lib.seccomp_syscall_resolve_name(name.encode())) >= 0:
                 compares = (_Compare * len(arguments))(*map(_compare, arguments))

@@ -26,9 +26,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+from ..errors import signal_name
 from ..sandbox.policy import Policy
 from ..sandbox.preload import preload
-from ..sandbox.process import Lack, Outside, split
+from ..sandbox.process import Lack, Outside, check_threads, split
 from .journal import Journal, event
 from .listening import Listener, PeerCredentials, files_made
 from .manager import Notifier
@@ -99,6 +100,7 @@ def enter(service: Service, notifier: Notifier, journal: Journal, wish: str) -> 
         try:
             policy = Policy.of(service.make(signals))
             listeners = service.listen()
+            check_threads()
         except BaseException:
             service.stop()
             raise
@@ -133,6 +135,7 @@ def show(service: Service) -> dict[str, object]:
     """What the sandbox of *service* leaves open, and what cannot be closed here, which is found out by trying."""
     with Signals() as signals:
         policy = Policy.of(service.make(signals))
+    check_threads()
     side = split(policy.needs.network)
     if isinstance(side, Outside):
         with side.link as link:
@@ -198,7 +201,7 @@ class Supervisor:
         if number in STOP:
             for file in files_made():
                 file.remove()
-            self._ends(signal.Signals(number).name)
+            self._ends(signal_name(number))
 
     def _ends(self, why: str) -> None:
         if self._end is None:
@@ -235,7 +238,7 @@ class Supervisor:
         if status >= 0:
             return status
         if not self._why:
-            event(logging.CRITICAL, "died", f"the process in the sandbox died of {signal.Signals(-status).name}")
+            event(logging.CRITICAL, "died", f"the process in the sandbox died of {signal_name(-status)}")
         return 128 - status
 
 
