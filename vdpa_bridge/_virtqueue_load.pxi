@@ -168,6 +168,14 @@ cdef class BlkLoad:
         return described(&self.core.wrong)
 
 
+cdef int in_use(Slots slots, uint32_t most) except -1:
+    """ValueError when a chain of others is in flight, or more than `most` slots are."""
+    cdef uint32_t lent = slots.core.count - slots.core.idle_count
+    if slots.queue.vq.in_flight != lent or lent > most:
+        raise ValueError(f"a queue is in use: {slots.queue.vq.in_flight} chains are in flight, {lent} of them slots")
+    return 0
+
+
 @cython.final
 cdef class NetLoad:
     def __cinit__(
@@ -186,6 +194,8 @@ cdef class NetLoad:
         config.header, config.frame, config.room, config.batch = header, frame, room, batch
         config.window, config.linger, config.seed = window, linger, seed
         self.outgoing, self.incoming = outgoing, incoming
+        in_use(outgoing, 0)
+        in_use(incoming, incoming.core.count)
         if load_net_init(&self.core, &config):
             raise ValueError(f"frames of {frame} bytes (from {LOAD_NET_SHORTEST} on), {batch} at once (up to {LOAD_NET_BATCH}), in slots of {outgoing.core.stride}")
 

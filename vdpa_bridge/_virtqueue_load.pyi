@@ -107,7 +107,7 @@ class NetLoad:
         """`mode` 1 sends, 2 receives, 3 waits for what it sent. `header` bytes of virtio_net_hdr before `frame` bytes; receive buffers have
         `room` bytes. `window`: frames that may be out and not back; `linger`: nanoseconds after which they are lost. Others: see `BlkLoad`.
 
-        ValueError: frames too short or too long, or too many at once.
+        ValueError: frames too short or too long, or too many at once; frames are being sent, or others' chains are on a queue.
         """
     def run(self, nanoseconds: int) -> int:
         """See `BlkLoad.run`."""

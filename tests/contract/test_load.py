@@ -25,6 +25,9 @@ def test_a_disk_keeps_what_it_is_given(blk_home: Home, device: Device, poll: boo
 
 @pytest.mark.parametrize("poll", [False, True])
 def test_a_network_brings_frames_back(net_home: Home, device: Device, poll: bool) -> None:
+    """The simulators loop back what is sent to all; behind the emulated NIC nobody answers."""
+    echo = net_home.name != "vp"
     with NetDriver(device, queue_size=64, timeout=LONG) as nic:
-        result = load_net(nic, NetWork(Timing(duration=0, count=1000, poll=poll), Mode.ECHO, batch=8, window=16, linger=5))
-        assert (result.sent, result.ours, result.lost) == (1000, 1000, 0)
+        timing = Timing(duration=0, count=1000, poll=poll)
+        result = load_net(nic, NetWork(timing, Mode.ECHO if echo else Mode.SEND, batch=8, window=16, linger=5))
+        assert (result.sent, result.ours, result.lost) == (1000, 1000 if echo else 0, 0)

@@ -276,6 +276,13 @@ def test_memory_is_what_was_said() -> None:
         assert load_blk(disk, work).reads.count == 3000
 
 
+class Deaf(NetModel):
+    """Takes no frame and gives none."""
+
+    def process(self, queues: Mapping[int, Queue], index: int) -> None:
+        pass
+
+
 # Networks ------------------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +314,14 @@ def test_frames_are_sent_and_received() -> None:
 def test_frames_that_cannot_be(work: dict[str, Any], why: str) -> None:
     with net() as nic, pytest.raises(ValueError, match=why):
         load_net(nic, NetWork(COUNT, **work))
+
+
+def test_queues_in_use_are_refused() -> None:
+    for queue in (0, 1):
+        with net(Deaf(bytes(6)), pool_size=1 << 16) as nic:
+            nic.post(queue, [bytes(16)] * queue, [16] * (1 - queue))
+            with pytest.raises(ValueError, match=r"in use: \d+ chains are in flight, \d+ of them slots"):
+                load_net(nic, NetWork(COUNT))
 
 
 class Lossy(NetModel):
@@ -343,12 +358,18 @@ def test_a_received_buffer_without_a_header_ends_it() -> None:
 
 
 def test_a_silent_nic_ends_it() -> None:
-    class Deaf(NetModel):
-        def process(self, queues: Mapping[int, Queue], index: int) -> None:
-            pass
-
     with net(Deaf(bytes(6)), timeout=0.3) as nic, pytest.raises(TimeoutError, match=r"nothing came back for 0\.3 s, the device holds 128"):
         load_net(nic, NetWork(Timing(), Mode.SEND))
+
+
+def test_an_echo_of_which_nothing_comes_back_ends() -> None:
+    class Sink(NetModel):
+        def process(self, queues: Mapping[int, Queue], index: int) -> None:
+            if index == 1:
+                queues[1].push([(frame, 0) for frame in queues[1].pop()])
+
+    with net(Sink(bytes(6)), timeout=0.3) as nic, pytest.raises(TimeoutError, match=r"nothing came back for 0\.3 s"):
+        load_net(nic, NetWork(Timing(duration=30), Mode.ECHO, linger=0.01))
 
 
 def test_progress_is_told() -> None:

@@ -48,7 +48,9 @@ struct load_net {
 	uint64_t started, finished; /* frames posted, and taken by the device */
 	uint64_t open; /* ECHO: posted, not back, not lost; 0 otherwise */
 	uint64_t expected; /* number of the next frame */
+	uint64_t began;
 	uint64_t heard; /* when something came back last */
+	bool echoed; /* a frame of ours came back */
 	uint32_t headless; /* after LOAD_FAILED: bytes of a received buffer, fewer than a virtio_net_hdr */
 };
 

@@ -79,6 +79,7 @@ static void look_at(struct load_net *load, const uint8_t *data, uint32_t written
 		load->counts.foreign++;
 		return;
 	}
+	load->echoed = true;
 	load->counts.ours++;
 	load->counts.reordered += number < load->expected;
 	load->expected = number >= load->expected ? number + 1 : load->expected;
@@ -142,6 +143,16 @@ static uint64_t wake(const struct load_net *load, uint64_t end, uint64_t now)
 	return end;
 }
 
+/* The device takes no frames, or never gave one back of those that were to come back. */
+static bool silent(const struct load_net *load, uint64_t now)
+{
+	const struct load_net_config *config = &load->config;
+
+	if (config->mode == LOAD_NET_ECHO && !load->echoed && load->started && now - load->began > config->pace.patience)
+		return true;
+	return load->started != load->finished && now - load->heard > config->pace.patience;
+}
+
 /* One turn: send, take back, receive. *moved says whether anything came back. */
 static enum load_state turn(struct load_net *load, uint64_t now, bool *moved)
 {
@@ -173,7 +184,7 @@ enum load_state load_net_run(struct load_net *load, uint64_t slice)
 	enum load_state state = LOAD_MORE;
 
 	if (!load->started)
-		load->config.pace.next = load->heard = now;
+		load->config.pace.next = load->began = load->heard = now;
 	for (uint32_t i = 0; i < 2; i++)
 		vq_driver_disable_call(rings[i].vq);
 	for (uint32_t looks = 0; state == LOAD_MORE && now < end; looks++) {
@@ -189,7 +200,7 @@ enum load_state load_net_run(struct load_net *load, uint64_t slice)
 			load->heard = now;
 		if (over(load, now))
 			state = LOAD_DONE;
-		else if (load->started != load->finished && now - load->heard > pace->patience)
+		else if (silent(load, now))
 			state = LOAD_SILENT;
 		else if (!moved && !pace->poll) {
 			state = load_sleep(waits, config->mode == LOAD_NET_ECHO ? 2 : 1, now, wake(load, end, now));

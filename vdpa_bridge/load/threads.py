@@ -90,14 +90,14 @@ def _cpu() -> float:
 class _Thread(threading.Thread):
     """Runs one generator to its end."""
 
-    def __init__(self, generator: Generator, timing: Timing, stop: threading.Event, abort: threading.Event) -> None:
+    def __init__(self, generator: Generator, timing: Timing, abort: threading.Event) -> None:
         super().__init__(name="load", daemon=True)
         self.generator = generator
         self.state = LOAD_MORE
         self.error: BaseException | None = None
         self.began = self.ended = time.monotonic()
         self.cpu = _cpu()
-        self._timing, self._stopped, self._aborted = timing, stop, abort
+        self._timing, self._aborted = timing, abort
 
     @property
     def bad(self) -> bool:
@@ -121,7 +121,7 @@ class _Thread(threading.Thread):
             if self.began < warm <= now:
                 self.generator.forget()
                 self.began, self.cpu = now, _cpu()
-            if now >= end or self._stopped.is_set():
+            if now >= end:
                 self.generator.stop()
             ahead = min([SLICE, *(at - now for at in (warm, end) if at > now)])
             self.state = self.generator.run(max(int(ahead * 1e9), 1000))
@@ -140,8 +140,8 @@ def run_all(
     DeviceBroken when the device or a ring gave up, TimeoutError when it is silent for the driver's timeout. The driver is then good for
     a restart or its end only.
     """
-    stop, abort = threading.Event(), threading.Event()
-    threads = [_Thread(generator, timing, stop, abort) for generator in generators]
+    abort = threading.Event()
+    threads = [_Thread(generator, timing, abort) for generator in generators]
     try:
         for thread in threads:
             thread.start()
@@ -182,7 +182,8 @@ def _error(driver: Driver, thread: _Thread) -> OSError:
     driver._status()  # which may say why
     driver.device.get_features()  # a peer that is gone does not answer, whoever keeps the status
     waiting = thread.generator.in_flight
-    return TimeoutError(errno.ETIMEDOUT, f"{driver.name}: nothing came back for {driver.timeout:g} s, the device holds {waiting}")
+    why = f"the device holds {waiting}" if waiting else "though the device took everything: does it give anything back?"
+    return TimeoutError(errno.ETIMEDOUT, f"{driver.name}: nothing came back for {driver.timeout:g} s, {why}")
 
 
 def latency(histogram: Histogram) -> dict[str, float]:
