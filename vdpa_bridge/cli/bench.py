@@ -194,19 +194,15 @@ def _many(count: int, what: str) -> str:
 
 
 def _print(what: str, rows: Mapping[str, _Row]) -> None:
-    """A line for each kind that there was: how many, rates, latencies."""
+    """A line for each kind that there was: how many, and rates; then one with its latencies."""
     from .term import print_table
 
     kinds = {name: row for name, row in rows.items() if row[0]} or rows
-    timed = any(latencies for *_, latencies in kinds.values())
-    head = ["", what, "1/s", "bytes/s", *(_LATENCIES if timed else ())]
-    body = []
-    for name, (count, rate, octets, latencies) in kinds.items():
-        times = [f"{latencies[key]:,.1f}" if key in latencies else "" for key in _LATENCIES] if timed else []
-        body.append([name, f"{count:,}", f"{rate:,.0f}", f"{human_size(round(octets))}/s", *times])
-    print_table(head, body, right=range(1, len(head)))
-    if timed:
-        click.echo("latencies in microseconds")
+    body = [[name, f"{count:,}", f"{rate:,.0f}", f"{human_size(round(octets))}/s"] for name, (count, rate, octets, _) in kinds.items()]
+    print_table(["", what, "1/s", "bytes/s"], body, right=(1, 2, 3))
+    times = [[name, *(f"{latencies[key]:,.1f}" for key in _LATENCIES)] for name, (*_, latencies) in kinds.items() if latencies]
+    if times:
+        print_table(["microseconds", *_LATENCIES], times, right=range(1, 1 + len(_LATENCIES)))
 
 
 def _say(facts: Mapping[str, Any], work: str) -> None:
