@@ -16,7 +16,7 @@ import pytest
 from tests.support.homes import socket_path
 from tests.support.sandboxed import FRAME, PATIENCE, frame, nic
 from tests.support.service import listening
-from vdpa_bridge.drivers import VsockDriver
+from vdpa_bridge.drivers import BlkDriver, VsockDriver
 from vdpa_bridge.targets import connect
 
 
@@ -84,3 +84,10 @@ def test_sockets_of_a_guest(folder: Path) -> None:
                 client.send(b"hello")
                 assert stream.receive() == b"hello"
     assert not Path(uds).exists()
+
+
+def test_a_disk_with_all_the_threads_that_it_may_have() -> None:
+    """Their stacks are memory, too."""
+    with connect("child:blk?size=1M&queues=64&threads=64") as device, BlkDriver(device) as disk:
+        disk.write(0, b"t" * 512)
+        assert disk.read(0, 512) == b"t" * 512

@@ -27,4 +27,4 @@ class Needs:
     controls: tuple[int, ...] = ()
     """Requests by ioctl(2) on descriptors that it has."""
     memory: int = 256 << 20
-    """Bytes of heap and stacks beyond what the process has when the model is made. What it shares with drivers does not count."""
+    """Bytes of heap beyond what the process has when the model is made. What it shares with drivers does not count."""

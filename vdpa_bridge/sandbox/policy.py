@@ -7,6 +7,7 @@ Rule of this file: it decides and does nothing. Whatever a model does not ask fo
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -22,8 +23,14 @@ _DESCRIPTORS_OF_DEVICE = 1024
 """Memory, messages under way, what the model opens."""
 _DESCRIPTORS_OF_QUEUE = 8
 """Kick, call, error, each of a session that goes and one that comes."""
-_THREADS = 64
-_THREADS_OF_DEVICE = 16
+_THREADS = 16
+"""Of the process: the log, signals, what gives devices back."""
+_THREADS_OF_DEVICE = 4
+"""Server and rings, and one in a hurry: a nudge, an end."""
+_STACK = 8 << 20
+"""Bytes of a thread's stack where RLIMIT_STACK does not say (pthread_create(3))."""
+_WORKERS = 64
+"""Threads of the kernel's own (io_uring), which count as ours."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,14 @@ class Policy:
     needs: Needs
     devices: int
     queues: int
+    engines: int
+    """Threads that the models have for their queues."""
 
     @classmethod
     def of(cls, models: Iterable[Model]) -> Policy:
         """The least that all of *models* can live with."""
         every = list(models)
-        return cls(_united([model.needs for model in every]), len(every), sum(model.queue_count for model in every))
+        return cls(_united([model.needs for model in every]), len(every), sum(model.queue_count for model in every), sum(model.threads for model in every))
 
     @property
     def paths(self) -> dict[str, Access]:
@@ -73,9 +82,20 @@ class Policy:
         return _DESCRIPTORS + self.devices * _DESCRIPTORS_OF_DEVICE + self.queues * _DESCRIPTORS_OF_QUEUE
 
     @property
+    def tasks(self) -> int:
+        """The same as the kernel counts, where it counts those of this process apart: in a user namespace."""
+        return self.threads + _WORKERS
+
+    @property
     def threads(self) -> int:
-        """How many there may be, where the kernel counts those of this process apart: in a user namespace."""
-        return _THREADS + self.devices * _THREADS_OF_DEVICE
+        """How many there may be."""
+        return _THREADS + self.devices * _THREADS_OF_DEVICE + self.engines
+
+    @property
+    def memory(self) -> int:
+        """Bytes of heap and stacks beyond those when the sandbox is closed."""
+        stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+        return self.needs.memory + self.threads * (_STACK if stack == resource.RLIM_INFINITY else stack)
 
     def facts(self) -> dict[str, object]:
         """All of it, for people and for JSON."""
@@ -86,7 +106,7 @@ class Policy:
             "needs": {field.name: value for field in fields(Needs) if (value := getattr(self.needs, field.name))},
             "paths": {path: [flag.name for flag in access] for path, access in self.paths.items()},
             "network": "that of the system" if self.needs.network else "none",
-            "memory": self.needs.memory,
+            "memory": self.memory,
             "descriptors": self.descriptors,
             "threads": self.threads,
             "system_calls": {name: limited[name] or "any" for name in sorted(limited)},

@@ -70,11 +70,11 @@ class Inside:
         limits = {
             "CORE": 0,
             "MSGQUEUE": 0,
-            "DATA": privileges.own_memory() + policy.needs.memory,
+            "DATA": privileges.own_memory() + policy.memory,
             "NOFILE": privileges.open_descriptors() + policy.descriptors,
         }
         if self._user_namespace:
-            limits["NPROC"] = policy.threads
+            limits["NPROC"] = policy.tasks
         attempt("seccomp filter", "apt-get install libseccomp2", lambda: filters.append(seccomp.Filter(policy.rules())))
         if self._lack is None:
             writable = {path: bool(access & landlock.CHANGES) for path, access in policy.paths.items()}
