@@ -7,6 +7,7 @@ it disturbed says nothing, and is dropped instead of averaged.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +28,7 @@ def _busy() -> float:
     return (sum(columns) - columns[_IDLE] - columns[_IOWAIT]) / _TICKS
 
 
-def _of(pid: int) -> float:
+def used(pid: int) -> float:
     """Seconds that a process worked so far."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
@@ -42,7 +43,7 @@ class Watch:
         self._start = time.monotonic(), self._others()
 
     def _others(self) -> float:
-        return _busy() - sum(os.times()[:4]) - sum(map(_of, self._pids))
+        return _busy() - sum(os.times()[:4]) - sum(map(used, self._pids))
 
     def share(self) -> float:
         """0 when nobody else ran, 1 for one whole CPU."""
@@ -70,10 +71,10 @@ class Turns:
         return f"{kept}; others used at most {max(self.shares):.0%} of a CPU; {self.dropped} disturbed values dropped"
 
 
-def turns(ways: Mapping[str, Callable[[], float]], repeat: int, pids: Iterable[int] = ()) -> Turns:
+def turns(ways: Mapping[str, Callable[[], float]], repeat: int, pids: Iterable[int] = (), patience: float = math.inf) -> Turns:
     """*repeat* turns of all *ways*. A value that others than this process and *pids* disturbed is measured again at once, TRIES times
-    in all; then the least disturbed one counts."""
-    pids = tuple(pids)
+    in all; then the least disturbed one counts. Nothing is measured again after *patience* seconds."""
+    pids, end = tuple(pids), time.monotonic() + patience
     results: list[dict[str, float]] = []
     shares: list[float] = []
     dropped = 0
@@ -81,7 +82,7 @@ def turns(ways: Mapping[str, Callable[[], float]], repeat: int, pids: Iterable[i
         worst, turn = 0.0, {}
         for name, way in ways.items():
             tried: list[tuple[float, float]] = []
-            while len(tried) < TRIES and (not tried or tried[-1][0] > MOST):
+            while not tried or (len(tried) < TRIES and tried[-1][0] > MOST and time.monotonic() < end):
                 watch = Watch(pids)
                 value = way()
                 tried.append((watch.share(), value))

@@ -17,18 +17,24 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and the most it should be."""
+    """A figure and the most it should be, or the least."""
 
     what: str
     value: float
-    most: float
+    most: float | None = None
+    least: float | None = None
+
+
+def verdict(goal: Report) -> str:
+    """What it should be, and whether it is."""
+    bound, reached = (f"at most {goal['most']:g}", goal["value"] <= goal["most"]) if goal["most"] is not None else (f"at least {goal['least']:g}", goal["value"] >= goal["least"])
+    return f"(goal: {bound}) {'reached' if reached else 'MISSED'}"
 
 
 def show_goals(console: Console, report: Report) -> None:
     """A line for each, and whether it was reached."""
     for goal in report.get("goals", []):
-        mark = "reached" if goal["value"] <= goal["most"] else "MISSED"
-        console.print(f"{goal['what']}: {goal['value']:.2f} (goal: at most {goal['most']:g}) {mark}")
+        console.print(f"{goal['what']}: {goal['value']:.2f} {verdict(goal)}")
 
 
 def deliver(report: Report, place: str | None, show: Callable[[Report], None]) -> None:
