@@ -20,10 +20,10 @@ from tests.support.seen import Seen
 from vdpa_bridge import connect
 from vdpa_bridge.drivers import ConsoleDriver, GenericDriver, InputDriver, RngDriver, ScsiDriver
 from vdpa_bridge.drivers.base import RING_FEATURES
-from vdpa_bridge.drivers.input import EV_KEY, EV_SYN, Event
 from vdpa_bridge.drivers.scsi import ScsiError
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.virtio.ids import DeviceId
+from vdpa_bridge.virtio.input import EV_KEY, EV_SYN, Event
 
 pytestmark = pytest.mark.lab
 

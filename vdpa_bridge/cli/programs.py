@@ -117,6 +117,27 @@ vhost-user-vdpa-i2c --fd 3 --devices 'ram@20:size=16,eeprom@50:size=32K;page=64'
             described=False,
         ),
         BackEnd(
+            "input",
+            "input",
+            "keyboard, mouse or tablet",
+            """
+vhost-user-vdpa-input --socket-path /run/input.sock --evdev-path /dev/input/event3
+vhost-user-vdpa-input --socket-path /run/input.sock --kind tablet --control /run/tablet.sock
+echo abs x 100, abs y 200 | nc -UN /run/tablet.sock
+""",
+            (
+                click.Option(["--evdev-path", "evdev"], metavar="PATH", help="The device of this machine whose events are passed on."),
+                click.Option(["--no-grab", "grab"], flag_value="off", default=None, help="Leave that device to others as well."),
+            ),
+            (
+                click.Option(["--kind"], metavar="KIND", help="Without such a device: keyboard, mouse or tablet.  [default: keyboard]"),
+                click.Option(["--name"], metavar="TEXT", help="What it calls itself."),
+                click.Option(["--serial"], metavar="TEXT", help="Its serial number."),
+                click.Option(["--script"], metavar="PATH", help="A file of events to play whenever a driver is ready."),
+                click.Option(["--control"], metavar="PATH", help="A socket for events as lines of text: key a, rel x 5, abs x 9."),
+            ),
+        ),
+        BackEnd(
             "net",
             "net",
             "network interface",
@@ -258,3 +279,4 @@ def _command(back_end: BackEnd) -> click.Command:
 
 
 blk, gpio, i2c, net, rng, scsi, vsock = (_command(PROGRAMS[kind]) for kind in ("blk", "gpio", "i2c", "net", "rng", "scsi", "vsock"))
+input = _command(PROGRAMS["input"])  # noqa: A001 - the program's name

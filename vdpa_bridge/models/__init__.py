@@ -12,6 +12,7 @@ from .blk import BlkModel
 from .code import ModelCode
 from .gpio import GpioModel
 from .i2c import I2cModel
+from .input import InputModel
 from .needs import Needs
 from .net import NetModel
 from .rng import RngModel
@@ -26,6 +27,7 @@ __all__ = [
     "Field",
     "GpioModel",
     "I2cModel",
+    "InputModel",
     "Model",
     "ModelCode",
     "Needs",
@@ -42,6 +44,7 @@ KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
     "blk": BlkModel.from_options,
     "gpio": GpioModel.from_options,
     "i2c": I2cModel.from_options,
+    "input": InputModel.from_options,
     "net": NetModel.from_options,
     "rng": RngModel.from_options,
     "scsi": ScsiModel.from_options,
