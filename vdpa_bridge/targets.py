@@ -10,6 +10,7 @@
     model:scsi?file=PATH,PATH[&readonly=on&serial=TEXT&queues=N]   model:rng
     model:gpio[?lines=8&names=led,button&loop=led:button&control=PATH]
     model:i2c[?devices=eeprom@50:file=PATH;size=256,ram@51,thermometer@48]
+    model:console[?ports=pty:link=PATH,listen:path=PATH;name=TEXT]
     model:input?evdev=PATH[&grab=off]   model:input[?kind=keyboard&name=TEXT&script=PATH&control=PATH]
     model:vsock?cid=N&uds=PATH[&peers=CID:PATH,CID:PATH]
     child:...                         the same as model:..., in a sandboxed process of its own [sandbox=degrade|off]

@@ -28,7 +28,7 @@ from vdpa_bridge.system.inventory import inventory
 from vdpa_bridge.virtio.features import BlockFeature
 from vdpa_bridge.virtio.ids import DeviceId
 
-IDS = {"block": DeviceId.BLOCK, "gpio": DeviceId.GPIO, "i2c": DeviceId.I2C, "input": DeviceId.INPUT, "net": DeviceId.NET, "rng": DeviceId.RNG, "scsi": DeviceId.SCSI, "vsock": DeviceId.VSOCK}
+IDS = {"block": DeviceId.BLOCK, "console": DeviceId.CONSOLE, "gpio": DeviceId.GPIO, "i2c": DeviceId.I2C, "input": DeviceId.INPUT, "net": DeviceId.NET, "rng": DeviceId.RNG, "scsi": DeviceId.SCSI, "vsock": DeviceId.VSOCK}
 
 
 @pytest.fixture

@@ -80,6 +80,23 @@ vhost-user-vdpa-blk --socket-path /run/scratch.sock --size 1G --queues 4 -v
             ),
         ),
         BackEnd(
+            "console",
+            "console",
+            "console with ports to terminals, sockets and files",
+            """
+vhost-user-vdpa-console --socket-path /run/console.sock --ports pty:link=/run/vm.tty
+vhost-user-vdpa-console --socket-path /run/console.sock --ports 'stdio,listen:path=/run/agent.sock;name=org.example.agent'
+""",
+            (),
+            (
+                click.Option(
+                    ["--ports"],
+                    metavar="KIND[:OPTION=VALUE;...],...",
+                    help="pty (link=), listen (path=), connect (path=), stdio, file (path=); each with name= and console=on|off.  [default: pty]",
+                ),
+            ),
+        ),
+        BackEnd(
             "gpio",
             "gpio",
             "GPIO controller with simulated lines",
@@ -278,5 +295,5 @@ def _command(back_end: BackEnd) -> click.Command:
     return command
 
 
-blk, gpio, i2c, net, rng, scsi, vsock = (_command(PROGRAMS[kind]) for kind in ("blk", "gpio", "i2c", "net", "rng", "scsi", "vsock"))
+blk, console, gpio, i2c, net, rng, scsi, vsock = (_command(PROGRAMS[kind]) for kind in ("blk", "console", "gpio", "i2c", "net", "rng", "scsi", "vsock"))
 input = _command(PROGRAMS["input"])  # noqa: A001 - the program's name

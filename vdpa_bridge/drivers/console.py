@@ -6,24 +6,18 @@ Rule of this file: ports beyond the first need MULTIPORT, which is taken only wh
 
 from __future__ import annotations
 
-import struct
 import time
 from typing import Unpack
 
 from ..device import Device
 from ..errors import DeviceBroken, FeatureError
 from ..virtio.config import Value, parse_config
+from ..virtio.console import CONTROL, CONTROL_RX, CONTROL_TX, Event, port_queues
 from ..virtio.features import ConsoleFeature as F
 from ..virtio.ids import DeviceId
 from .base import Driver, Options
 from .inbox import Inbox
 
-CONTROL_RX, CONTROL_TX = 2, 3
-"""Queues of control messages, with MULTIPORT."""
-DEVICE_READY, DEVICE_ADD, DEVICE_REMOVE, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = range(8)
-"""Control events (virtio 1.2, 5.3.6.2)."""
-
-_CONTROL = struct.Struct("<IHH")
 _CHUNK = 4096
 _DEPTH = 32
 _CONFIG_BYTES = 12
@@ -57,9 +51,9 @@ class ConsoleDriver(Driver):
         if self._port is not None:
             self._inboxes.append(Inbox(self, CONTROL_RX, _CHUNK, _DEPTH))
             number = self._find(self._port)
-            self._tell(number, PORT_OPEN)
-        self._tx = 2 * number + 3 if number else 1
-        self._inboxes.append(Inbox(self, self._tx - 1, _CHUNK, _DEPTH))
+            self._tell(number, Event.PORT_OPEN)
+        rx, self._tx = port_queues(number)
+        self._inboxes.append(Inbox(self, rx, _CHUNK, _DEPTH))
 
     def _replenish(self) -> None:
         for inbox in self._inboxes:
@@ -73,14 +67,14 @@ class ConsoleDriver(Driver):
     # Ports -----------------------------------------------------------------------------------------------------------
 
     def _tell(self, port: int, event: int, value: int = 1) -> None:
-        self.ask(CONTROL_TX, [_CONTROL.pack(port, event, value)])
+        self.ask(CONTROL_TX, [CONTROL.pack(port, event, value)])
 
     def _find(self, wanted: int | str) -> int:
         """Let the device name its ports, until the one that is wanted has come."""
         (control,) = self._inboxes
         most = (self.device.identify().queues - 2) // 2
         self.ports = {}
-        self._tell(0xFFFFFFFF, DEVICE_READY)
+        self._tell(0xFFFFFFFF, Event.DEVICE_READY)
         deadline = time.monotonic() + self.timeout
         while True:
             if wanted in self.ports:
@@ -93,17 +87,17 @@ class ConsoleDriver(Driver):
             except TimeoutError:
                 known = ", ".join(f"{number} {name!r}" for number, name in self.ports.items()) or "none"
                 raise LookupError(f"{self.name} has no port {wanted!r}; there is: {known}") from None
-            if len(message) < _CONTROL.size:
+            if len(message) < CONTROL.size:
                 raise DeviceBroken(f"{self.name}: a control message of {len(message)} bytes, shorter than its header")
-            number, event, _ = _CONTROL.unpack_from(message)
-            if number >= most and event in (DEVICE_ADD, PORT_NAME):
+            number, event, _ = CONTROL.unpack_from(message)
+            if number >= most and event in (Event.DEVICE_ADD, Event.PORT_NAME):
                 raise DeviceBroken(f"{self.name} names a port {number}, but has queues for {most} ports")
-            if event == DEVICE_ADD:
+            if event == Event.DEVICE_ADD:
                 self.ports[number] = ""
-                self._tell(number, PORT_READY)
-            elif event == PORT_NAME:
-                self.ports[number] = str(message[_CONTROL.size :].rstrip(b"\0"), "utf-8", "backslashreplace")
-            elif event == DEVICE_REMOVE:
+                self._tell(number, Event.PORT_READY)
+            elif event == Event.PORT_NAME:
+                self.ports[number] = str(message[CONTROL.size :].rstrip(b"\0"), "utf-8", "backslashreplace")
+            elif event == Event.DEVICE_REMOVE:
                 self.ports.pop(number, None)
 
     # Bytes -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from ..virtio.ids import DeviceId
 from .base import Model, Queue
 from .blk import BlkModel
 from .code import ModelCode
+from .console import ConsoleModel
 from .gpio import GpioModel
 from .i2c import I2cModel
 from .input import InputModel
@@ -23,6 +24,7 @@ from .vsock import VsockModel
 __all__ = [
     "KINDS",
     "BlkModel",
+    "ConsoleModel",
     "DeviceId",
     "Field",
     "GpioModel",
@@ -42,6 +44,7 @@ __all__ = [
 
 KINDS: dict[str, Callable[[Mapping[str, str]], Model]] = {
     "blk": BlkModel.from_options,
+    "console": ConsoleModel.from_options,
     "gpio": GpioModel.from_options,
     "i2c": I2cModel.from_options,
     "input": InputModel.from_options,

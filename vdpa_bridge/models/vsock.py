@@ -296,7 +296,7 @@ class VsockModel(Model):
             try:
                 stream = self._listener.accept()
             except OSError as error:
-                _log.warning("vsock: guest %d: a client has to wait: %s", self.guest_cid, error.strerror)
+                _log.debug("vsock: guest %d: a client has to wait: %s", self.guest_cid, error.strerror)
                 self._sources.await_events(self._listener.fileno(), 0)
                 return
             if stream is None:

@@ -39,19 +39,30 @@ class UnixStream:
         """The descriptor; -1 once closed."""
         return self._sock.fileno()
 
+    @property
+    def source(self) -> int:
+        """To read from."""
+        return self.fileno()
+
+    @property
+    def sink(self) -> int:
+        """To write to, and to wait for room."""
+        return self.fileno()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing came that was not read."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
     def send(self, data: bytes | bytearray) -> int:
         """How many bytes there was room for. OSError when the other end takes no more."""
         try:
             return self._sock.send(data, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return 0
-
-    def receive(self, most: int) -> bytes | None:
-        """Up to *most* bytes, empty at the end, None while there are none. OSError when the connection broke."""
-        try:
-            return self._sock.recv(most)
-        except BlockingIOError:
-            return None
 
     def read_line(self, most: int) -> bytes | None:
         """The first line, and not a byte behind it; None while it is not complete. ValueError when it ends early or is longer than *most* bytes."""
