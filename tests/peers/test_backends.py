@@ -24,6 +24,7 @@ from vdpa_bridge.drivers.base import RING_FEATURES
 from vdpa_bridge.errors import DeviceBroken
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.quirks import CONTROL_QUEUE
+from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtio.features import NetFeature
 
 pytestmark = pytest.mark.peers
@@ -142,6 +143,24 @@ def test_virtiofsd(shared: tuple[Path, Path], seen: Seen) -> None:
                 fs.stat("sub/../sub")
             fs.restart()
     seen("devices", "fs", "fs", "virtiofsd", "split", "restart", "legacy")
+
+
+@needs(VIRTIOFSD, "backends")
+def test_vdpa_mode_before_virtiofsd(shared: tuple[Path, Path], short_dir: Path, seen: Seen) -> None:
+    """A server of ours between: its client asks what the device is, and suspends it, in words that virtiofsd does not know."""
+    path, directory = shared
+    content = random.Random(8).randbytes(1 << 20)
+    (directory / "file").write_bytes(content)
+    target = Target.parse(f"vhost-user:{path}?type=fs")
+    with Server(target.open, f"{short_dir}/front"), opened(short_dir / "front", "fs", "&vdpa=require") as device, FsDriver(device) as fs:
+        for _ in range(2):
+            assert fs.list("/") == {"file": stat.S_IFREG >> 12}
+            assert b"".join(fs.read("file")) == content
+            fs.suspend()
+            fs.resume()
+            assert fs.stat("file").size == len(content)
+            fs.restart()
+    seen("clients", "vdpa_bridge", "fs", "virtiofsd", "split", "restart", "pause", "vDPA mode")
 
 
 @needs(VIRTIOFSD, "backends")
