@@ -54,3 +54,9 @@ def vsock_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def lines_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Uses GPIO lines and I2C buses by their character devices."""
     return _static_program("lines.c", tmp_path_factory.mktemp("lines"))
+
+
+@pytest.fixture(scope="session")
+def event_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Says what an input device is and does."""
+    return _static_program("events.c", tmp_path_factory.mktemp("events"))
