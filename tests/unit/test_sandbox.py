@@ -168,6 +168,14 @@ def test_needs_open_what_they_name_and_no_more(lacking: list[str], user: int, tm
             inner.server.end()
 
 
+def test_a_need_that_is_not_there() -> None:
+    """It is named, before there is a socket or a second process."""
+    with prisoner("on", read="/no/such/place") as inner:
+        assert inner.server.wait() == 1
+        assert inner.server.log == "error: /no/such/place: No such file or directory\n"
+        assert not inner.path.exists()
+
+
 def test_needs_of_the_network_and_of_io_uring(user: int) -> None:
     with prisoner("on", user=user, network="on", io_uring="on") as inner:
         inner.server.ready()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,9 +53,11 @@ def enter(network: bool) -> bool:
 def empty_root(paths: Mapping[str, bool]) -> None:
     """Leave nothing of the file system but *paths* (whether they can be written), which stay where they are, and the names of our descriptors. OSError."""
     mount("", "/", "", _MS_REC | _MS_PRIVATE)
-    trees = {path: _tree(path, writable) for path, writable in sorted({DESCRIPTORS: False, **paths}.items())}
     here = os.getcwd()
+    trees: dict[str, int] = {}
     try:
+        for path, writable in sorted({DESCRIPTORS: False, **paths}.items()):
+            trees[path] = _tree(path, writable)
         root = os.path.dirname(__file__)  # any directory that is there for certain
         mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=64k,mode=755")
         os.chdir(root)
@@ -92,7 +95,7 @@ def _attach(tree: int, path: str) -> None:
     place = path.lstrip("/")
     if not os.path.lexists(place):
         os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-        if os.path.isdir(path):
+        if stat.S_ISDIR(os.fstat(tree).st_mode):
             os.mkdir(place)
         else:
             os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))

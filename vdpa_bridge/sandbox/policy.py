@@ -61,6 +61,11 @@ class Policy:
                 found[path] = found.get(path, Access(0)) | access
         return found
 
+    def check_paths(self) -> None:
+        """OSError for one that is not there: a sandbox keeps what is, and what comes later only below a directory."""
+        for path in self.paths:
+            os.stat(path)
+
     def rules(self) -> list[Rule]:
         """The system calls that stay, for the process that asks."""
         needs = self.needs

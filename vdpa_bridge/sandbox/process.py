@@ -122,6 +122,7 @@ def split(network: bool) -> Outside | Inside:
     theirs.close()
     pid = ours.recv(16)
     os.waitpid(middle, 0)  # from now on, the process in the sandbox is our child
+    prctl(PR_SET_CHILD_SUBREAPER, 0, what="PR_SET_CHILD_SUBREAPER")
     if not pid:
         ours.close()
         raise ChildProcessError("the process for the sandbox died at once")

@@ -99,6 +99,7 @@ def enter(service: Service, notifier: Notifier, journal: Journal, wish: str) -> 
     with Signals() as signals:
         try:
             policy = Policy.of(service.make(signals))
+            policy.check_paths()
             listeners = service.listen()
             check_threads()
         except BaseException:
