@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.driven import blk, net, opened, quiet, silent
+from tests.support.liars import Liar
 from vdpa_bridge._virtqueue import Histogram, check_pattern, fill_pattern
 from vdpa_bridge.drivers import BlkDriver, NetDriver
 from vdpa_bridge.drivers.base import RING_FEATURES
@@ -370,6 +371,26 @@ def test_an_echo_of_which_nothing_comes_back_ends() -> None:
 
     with net(Sink(bytes(6)), timeout=0.3) as nic, pytest.raises(TimeoutError, match=r"nothing came back for 0\.3 s"):
         load_net(nic, NetWork(Timing(duration=30), Mode.ECHO, linger=0.01))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["blk", "net"])
+def test_devices_that_talk_nonsense_end_it(kind: str, seed: int) -> None:
+    """By an error that names them, or not at all where the nonsense does no harm."""
+    honest, said = make_model(kind, {}), "model:test"
+    try:
+        with opened(Liar(honest, seed)) as device:
+            if kind == "blk":
+                with BlkDriver(device, timeout=0.1) as disk:
+                    load_blk(disk, BlkWork(Timing(duration=0.3, poll=bool(seed & 1)), reads=50, verify=True))
+            else:
+                with NetDriver(device, timeout=0.1) as nic:
+                    load_net(nic, NetWork(Timing(duration=0.3, poll=bool(seed & 1)), Mode.ECHO, linger=0.02))
+    except (OSError, ValueError) as error:  # the configuration may be a lie, too
+        said = str(error)
+    finally:
+        honest.close()
+    assert "model:test" in said
 
 
 def test_progress_is_told() -> None:

@@ -95,7 +95,7 @@ def _extent(disk: BlkDriver, work: BlkWork, queues: int) -> int:
     if not blocks:
         raise ValueError(f"{disk.name}: {length} bytes have no room for a block of {work.block} bytes on each of {queues} queues")
     if work.verify and blocks * queues > _MOST_VERIFIED:
-        raise ValueError(f"{blocks * queues} blocks are too many to verify; make them larger, or give a length")
+        raise ValueError(f"{disk.name}: {blocks * queues} blocks are too many to verify; make them larger, or give a length")
     if not 0 <= work.reads <= 100:
         raise ValueError(f"{work.reads} reads in 100 requests")
     if work.verify and work.reads == 100:
