@@ -29,6 +29,9 @@ class _Tallied:
     def pop(self, limit: int = 64) -> list[Chain]:
         return self._queue.pop(limit)
 
+    def put_back(self, chains: list[Chain]) -> None:
+        self._queue.put_back(chains)
+
     def push(self, done: list[tuple[Chain, int]]) -> None:
         self._count[self._index] += len(done)
         self._queue.push(done)
@@ -41,10 +44,13 @@ def tallied(text: str) -> Iterator[tuple[Opener, Counter[int]]]:
     model, count = make_model(target.place, target.options), Counter[int]()
     process = model.process
 
-    def counting(queues: Mapping[int, Queue], index: int) -> None:
-        process({at: _Tallied(at, queue, count) for at, queue in queues.items()}, index)
+    def counted(queues: Mapping[int, Queue]) -> dict[int, Queue]:
+        return {at: _Tallied(at, queue, count) for at, queue in queues.items()}
 
-    model.process = counting  # type: ignore[method-assign]
+    model.process = lambda queues, index: process(counted(queues), index)  # type: ignore[method-assign]
+    if (sources := model.sources) is not None:
+        serve = sources.serve
+        sources.serve = lambda queues: serve(counted(queues))  # type: ignore[method-assign]
     device = ModelDevice(model, text)
     try:
         yield device.open, count

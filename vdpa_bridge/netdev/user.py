@@ -7,6 +7,7 @@ it, whatever way we end: it leaves when its socket is closed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import select
 import shutil
@@ -50,7 +51,8 @@ class UserNetdev(StreamNetdev):
             ours.close()
             self._said.close()
             raise
-        super().__init__(f"{_PROGRAM} (pid {self._process.pid})")
+        self.pid = self._process.pid
+        super().__init__(f"{_PROGRAM} (pid {self.pid})")
         self._take(ours)
         try:
             self._await_reader(ours)
@@ -60,7 +62,8 @@ class UserNetdev(StreamNetdev):
 
     def _await_reader(self, sock: socket.socket) -> None:
         """Until it has read what is sent."""
-        sock.send(struct.pack(">I", len(_PROBE)) + _PROBE)
+        with contextlib.suppress(OSError):  # it has ended, which is seen below
+            sock.send(struct.pack(">I", len(_PROBE)) + _PROBE)
         end = time.monotonic() + _PATIENCE
         while struct.unpack("i", fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)))[0] and time.monotonic() < end:
             time.sleep(0.002)
