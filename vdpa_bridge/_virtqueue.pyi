@@ -376,6 +376,18 @@ class Engine:
         """Requests that are under way outside; 0 while the gate is held."""
 
 @final
+class BlkMemory:
+    """A file that lives in memory, mapped (userspace/include/blk_memory.h), for the engines of all queues of a disk. *file* outlives it.
+
+    Synchronization: any thread.
+    """
+
+    def __new__(cls, file: int, size: int, writable: bool) -> Self:
+        """Its first *size* bytes. OSError as mmap has it."""
+    def forget(self, offset: int, length: int) -> None:
+        """The file may have holes there, or have them no more."""
+
+@final
 class BlkEngine(Engine):
     """Reads, writes and flushes of a disk's queue on a file (userspace/include/blk_engine.h)."""
 
@@ -388,6 +400,7 @@ class BlkEngine(Engine):
         capacity: int,
         *,
         medium: str = "cached",
+        memory: BlkMemory | None = None,
         direct: int = -1,
         align: int = 512,
         readonly: bool = False,
@@ -398,7 +411,7 @@ class BlkEngine(Engine):
     ) -> None:
         """For queue *index*. *file* and *direct* are descriptors that outlive the engine.
 
-        *medium*: "cached" for files, "resident" for those in memory, "direct" to pass by the page cache with the descriptor *direct*
+        *medium*: "cached" for files, "resident" for those in memory (which *memory* is), "direct" to pass by the page cache with the descriptor *direct*
         (opened with O_DIRECT) for what is aligned to *align* bytes, "null" for no file: reads give zeroes. *stable_writes* for a
         driver without VIRTIO_BLK_F_FLUSH. At most *depth* requests are in flight, a power of 2; *io_uring* False keeps them in the
         loop's thread, as where the kernel has no io_uring. ValueError for what does not fit.

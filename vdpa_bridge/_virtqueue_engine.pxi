@@ -36,11 +36,19 @@ cdef extern from "engine.h" nogil:
     void loop_look(loop *l, engine *e)
     engine *loop_run(loop *l)
 
+cdef extern from "blk_memory.h" nogil:
+    struct blk_memory:
+        bint lost
+    int blk_memory_init(blk_memory *m, int file, uint64_t size, bint writable)
+    void blk_memory_destroy(blk_memory *m)
+    void blk_memory_forget(blk_memory *m, uint64_t offset, uint64_t length)
+
 cdef extern from "blk_engine.h" nogil:
     enum: BLK_CACHED, BLK_RESIDENT, BLK_DIRECT, BLK_NULL
     struct blk_config:
         int medium, file, direct
         uint32_t align, depth
+        blk_memory *memory
         bint readonly, uring
     struct uring:
         int fd
@@ -104,10 +112,27 @@ cdef class Engine:
 
 
 @cython.final
+cdef class BlkMemory:
+    cdef blk_memory memory
+
+    def __cinit__(self, int file, uint64_t size, bint writable):
+        cdef int error = -blk_memory_init(&self.memory, file, size, writable)
+        if error:
+            raise OSError(error, strerror(error))
+
+    def __dealloc__(self):
+        blk_memory_destroy(&self.memory)
+
+    def forget(self, uint64_t offset, uint64_t length):
+        blk_memory_forget(&self.memory, offset, length)
+
+
+@cython.final
 cdef class BlkEngine(Engine):
     cdef blk_engine blk
+    cdef BlkMemory memory
 
-    def __init__(self, Py_ssize_t index, int file, object capacity, *, object medium="cached", int direct=-1, uint32_t align=512,
+    def __init__(self, Py_ssize_t index, int file, object capacity, *, object medium="cached", BlkMemory memory=None, int direct=-1, uint32_t align=512,
                  bint readonly=False, bint stable_writes=False, bint io_uring=True, uint32_t depth=128, object thread=0):
         cdef blk_config config
         names = {"cached": BLK_CACHED, "resident": BLK_RESIDENT, "direct": BLK_DIRECT, "null": BLK_NULL}
@@ -118,7 +143,8 @@ cdef class BlkEngine(Engine):
         if not align or align & (align - 1):
             raise ValueError(f"alignment {align} is not a power of 2")
         config.medium, config.file, config.direct, config.align, config.depth = names[medium], file, direct, align, depth
-        config.readonly, config.uring = readonly, io_uring
+        config.readonly, config.uring, self.memory = readonly, io_uring, memory
+        config.memory = NULL if memory is None else &memory.memory
         if blk_engine_init(&self.blk, &config):
             raise MemoryError
         self.blk.capacity, self.blk.stable_writes = capacity, stable_writes

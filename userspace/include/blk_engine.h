@@ -10,6 +10,7 @@
 #ifndef VDPA_BRIDGE_BLK_ENGINE_H
 #define VDPA_BRIDGE_BLK_ENGINE_H
 
+#include "blk_memory.h"
 #include "engine.h"
 #include "uring.h"
 
@@ -25,6 +26,7 @@ struct blk_config {
 	int file;
 	int direct; /* BLK_DIRECT: the same file, opened with O_DIRECT; unaligned requests take `file` */
 	uint32_t align; /* BLK_DIRECT: of addresses, lengths and offsets; a power of 2 */
+	struct blk_memory *memory; /* BLK_RESIDENT: the file, mapped, or NULL; outlives the engine */
 	bool readonly;
 	bool uring; /* try io_uring */
 	uint32_t depth; /* requests in flight at most, 1 to 32768 */

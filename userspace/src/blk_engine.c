@@ -171,6 +171,17 @@ static enum outcome through_cache(struct blk_engine *blk, const struct blk_reque
 	return start(blk, r);
 }
 
+static enum outcome in_memory(struct blk_engine *blk, const struct blk_request *r)
+{
+	struct blk_memory *memory = blk->config.memory;
+
+	if (r->kind == URING_FLUSH)
+		return done(r);
+	if (memory && blk_memory_copy(memory, r->iov, r->count, r->offset, r->length, r->kind == URING_WRITE))
+		return done(r);
+	return transfer(blk, r, blk->config.file, 0) == r->length ? done(r) : ODD;
+}
+
 static enum outcome forget(const struct blk_request *r)
 {
 	if (r->kind == URING_READ)
@@ -192,8 +203,7 @@ static enum outcome serve(struct blk_engine *blk, const struct vq_chain *chain, 
 		outcome = forget(&request);
 		break;
 	case BLK_RESIDENT:
-		if (request.kind == URING_FLUSH || transfer(blk, &request, blk->config.file, 0) == request.length)
-			outcome = done(&request);
+		outcome = in_memory(blk, &request);
 		break;
 	case BLK_CACHED:
 		outcome = through_cache(blk, &request);

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "blk_engine.h"
@@ -223,6 +224,50 @@ static void short_file(void)
 	close(config.file);
 }
 
+/* A mapped file: reads leave holes alone, writes fill them, and one that becomes shorter is asked by system calls. */
+static void mapped(void)
+{
+	static struct disk d;
+	struct blk_memory memory;
+	struct blk_config config = { .medium = BLK_RESIDENT, .file = memfd_create("disk", MFD_CLOEXEC), .memory = &memory, .depth = 8 };
+	enum { CHUNK = 1 << 16 };
+	static char data[2 * CHUNK];
+	struct stat before, after;
+
+	memset(data, 7, sizeof(data));
+	CHECK(ftruncate(config.file, 4 * CHUNK) == 0 && pwrite(config.file, data, sizeof(data), CHUNK) == sizeof(data));
+	CHECK(blk_memory_init(&memory, config.file, 4 * CHUNK + 512, true) == 0 && memory.size == 4 * CHUNK);
+	open_disk(&d, &config, false, 4);
+	d.blk.capacity = 4 * CHUNK / 512 + 1;
+	CHECK(fstat(config.file, &before) == 0);
+	for (uint64_t i = 0; i < 4; i++) {
+		post(&d, 0, IN, (i + 1) * CHUNK / 512 - 1, i == 3 ? 512 : 1024, 0); /* across two chunks */
+		CHECK(completed(&d, i == 3 ? 513 : 1025) == 0);
+		CHECK(*at(&d, 0, DATA_AT) == (i == 1 || i == 2 ? 7 : 0));
+	}
+	CHECK(fstat(config.file, &after) == 0 && before.st_blocks == after.st_blocks);
+	memset(at(&d, 0, DATA_AT), 9, 4096);
+	for (uint64_t i = 0; i < CHUNK / 4096; i++) { /* the first chunk becomes whole */
+		post(&d, 0, OUT, i * 8, 4096, 0);
+		CHECK(completed(&d, 1) == 0);
+	}
+	post(&d, 1, IN, 8, 512, 100);
+	CHECK(completed(&d, 513) == 1 && *at(&d, 1, DATA_AT) == 9 && *at(&d, 1, DATA_AT + 511) == 9 && memory.chunks[0] == 1);
+	CHECK(fallocate(config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, CHUNK) == 0);
+	blk_memory_forget(&memory, 0, UINT64_MAX);
+	post(&d, 1, IN, 8, 512, 0);
+	CHECK(completed(&d, 513) == 1 && *at(&d, 1, DATA_AT) == 0 && memory.chunks[0] == 2);
+	CHECK(ftruncate(config.file, CHUNK) == 0);
+	post(&d, 1, IN, 8, 512, 0);
+	CHECK(completed(&d, 513) == 1);
+	memory.chunks[1] = 1; /* as if it had become shorter just after a look */
+	post(&d, 1, IN, CHUNK / 512, 512, 0);
+	CHECK(turn(&d) & TURN_ASKS && memory.lost && d.bench.device.in_flight == 0);
+	close_disk(&d);
+	blk_memory_destroy(&memory);
+	close(config.file);
+}
+
 /* What would wait is not waited for in the loop; who cannot say whether it would is asked once. */
 static void waits(void)
 {
@@ -311,6 +356,7 @@ int main(void)
 	odd_ones(&memory, false);
 	odd_ones(&memory, true);
 	short_file();
+	mapped();
 	waits();
 	order();
 	late();

@@ -9,6 +9,7 @@ the engine, too, which serves plain reads, writes and flushes of a queue and lea
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Self
 
-from ..engines import BlkEngine, Engine
+from ..engines import BlkEngine, BlkMemory, Engine
 from ..virtio.features import BlockFeature as F
 from ..virtio.ids import DeviceId
 from ..virtqueue import Chain
@@ -132,6 +133,7 @@ class BlkModel(Model):
         self._io_uring = io_uring and self._native and self._medium in ("cached", "direct")
         self.needs = Needs(io_uring=self._io_uring)
         self._engines: dict[int, BlkEngine] = {}
+        self._memory: BlkMemory | None = None
         self._fd = fd
         self._holes = holes
         self.capacity = size // SECTOR
@@ -206,12 +208,16 @@ class BlkModel(Model):
         """One for each queue; none for a class of somebody's own, which may do anything otherwise."""
         if not self._native or type(self) is not BlkModel:
             return None
+        if self._memory is None and self._medium == "resident":
+            with contextlib.suppress(OSError):  # then by system calls: it is small, or larger than all addresses
+                self._memory = BlkMemory(self._fd, self.capacity * SECTOR, not self._readonly)
         if index not in self._engines:
             self._engines[index] = BlkEngine(
                 index,
                 self._fd,
                 self.capacity,
                 medium=self._medium,
+                memory=self._memory,
                 direct=self._direct,
                 align=_DIRECT_ALIGN,
                 readonly=self._readonly,
@@ -240,6 +246,7 @@ class BlkModel(Model):
         """Close the file."""
         super().close()
         self._engines.clear()
+        self._memory = None
         for fd in (self._fd, self._direct):
             if fd >= 0:
                 os.close(fd)
@@ -322,6 +329,8 @@ class BlkModel(Model):
                     _fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, sector * SECTOR, count * SECTOR)
             else:
                 self._zero(sector * SECTOR, count * SECTOR, bool(flags & _UNMAP))
+            if self._memory is not None:
+                self._memory.forget(sector * SECTOR, count * SECTOR)
         if self._sync_writes:
             os.fdatasync(self._fd)
 

@@ -20,7 +20,7 @@ _CLONE_NEW = 0x7E020080
 """CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET and TIME"""
 _AT_EMPTY_PATH = 0x1000
 
-_MEMORY = "brk munmap mremap madvise memfd_create"
+_MEMORY = "brk munmap mremap madvise mincore memfd_create"
 _THREADS = (
     "futex futex_waitv set_robust_list get_robust_list rseq exit exit_group wait4 gettid getpid getppid getuid geteuid getgid getegid "
     "sched_yield sched_getaffinity membarrier restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack"
