@@ -42,6 +42,7 @@ cdef extern from "guard.h" nogil:
 
 cdef extern from "doorbell.h" nogil:
     void doorbell_ring(void *page, uint16_t queue)
+    void doorbell_ring_data(void *page, uint16_t queue, uint16_t offset)
 
 cdef extern from "chain.h" nogil:
     struct chain_part:
@@ -120,6 +121,7 @@ cdef extern from "virtqueue.h" nogil:
     void vq_driver_destroy(vq_driver *vq)
     int vq_driver_add(vq_driver *vq, const vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
     int vq_driver_publish(vq_driver *vq)
+    uint16_t vq_driver_offset(const vq_driver *vq)
     size_t vq_driver_reap(vq_driver *vq, vq_done *done, size_t limit)
     int vq_driver_enable_call(vq_driver *vq)
     void vq_driver_disable_call(vq_driver *vq)

@@ -245,6 +245,9 @@ class DriverQueue(Generic[_T]):
     def used(self) -> int:
         """IOVA of the device area (used ring; packed: device event suppression)."""
     @property
+    def offset(self) -> int:
+        """How far the ring is published, as NOTIFICATION_DATA says it: the available index; packed: a place, its wrap counter in bit 15."""
+    @property
     def free(self) -> int:
         """Descriptors that can still be added."""
     @property
@@ -342,8 +345,9 @@ def unmap_guarded(address: int, size: int) -> None:
 def poisoned(address: int) -> bool:
     """Whether the guarded mapping that starts at `address` was replaced. ValueError when there is none."""
 
-def ring_doorbell(page: int, queue: int) -> None:
-    """Store the index of a queue at the start of a doorbell page that is mapped at `page`: a kick."""
+def ring_doorbell(page: int, queue: int, offset: int | None = None) -> None:
+    """Store the index of a queue at the start of a doorbell page that is mapped at `page`: a kick. With NOTIFICATION_DATA `offset`
+    is `DriverQueue.offset`, and the store has 32 bits (virtio 1.2, 2.9)."""
 
 def ring_layout(num: int, table_entries: int = 0, packed: bool = False) -> tuple[int, int, int, int, int]:
     """Offsets of (desc, avail, used, indirect tables) in one contiguous 16-byte aligned area, and its whole size.

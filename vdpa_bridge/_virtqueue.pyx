@@ -444,6 +444,10 @@ cdef class DriverQueue:
         return self.vq.config.iova + self.layout.used
 
     @property
+    def offset(self):
+        return vq_driver_offset(&self.vq)
+
+    @property
     def free(self):
         return self.vq.free
 

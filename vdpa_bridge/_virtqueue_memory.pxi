@@ -117,5 +117,8 @@ def poisoned(uintptr_t address):
     return guarded(address, guard_poisoned(<void *> address)) > 0
 
 
-def ring_doorbell(uintptr_t page, uint16_t queue):
-    doorbell_ring(<void *> page, queue)
+def ring_doorbell(uintptr_t page, uint16_t queue, offset=None):
+    if offset is None:
+        doorbell_ring(<void *> page, queue)
+    else:
+        doorbell_ring_data(<void *> page, queue, offset)

@@ -100,11 +100,11 @@ class Doorbell:
         """Where the page is mapped; 0 when closed."""
         return self._page
 
-    def ring(self) -> None:
-        """Kick. ValueError when closed."""
+    def ring(self, offset: int | None = None) -> None:
+        """Kick, and say how far the ring is (NOTIFICATION_DATA) unless *offset* is None. ValueError when closed."""
         if not self._page:
             raise ValueError(f"the doorbell of queue {self.index} is closed")
-        _virtqueue.ring_doorbell(self._page, self.index)
+        _virtqueue.ring_doorbell(self._page, self.index, offset)
 
     def close(self) -> None:
         """Unmap; harmless when done before."""

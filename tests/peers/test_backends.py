@@ -50,9 +50,10 @@ def frames(count: int, seed: int) -> list[bytes]:
 
 @needs("dpdk-testpmd", "dpdk")
 @pytest.mark.parametrize("rings", ["split", "packed"])
-def test_dpdk_frames(short_dir: Path, rings: str, seen: Seen) -> None:
+@pytest.mark.parametrize("order", [(), ("in order",)], ids=["any", "in-order"])
+def test_dpdk_frames(short_dir: Path, rings: str, order: tuple[str, ...], seen: Seen) -> None:
     """Frames come back with their addresses swapped and otherwise byte for byte, and do so again for the next driver."""
-    path, features = short_dir / "s", PACKED if rings == "packed" else RING_FEATURES
+    path, features = short_dir / "s", (PACKED if rings == "packed" else RING_FEATURES) | Feature.IN_ORDER * bool(order)
     with backend(net_vhost(path, mode="macswap"), path), opened(path, "net") as device:
         for seed in range(2):
             with NetDriver(device, ring_features=features) as nic:
@@ -63,7 +64,7 @@ def test_dpdk_frames(short_dir: Path, rings: str, seen: Seen) -> None:
                 nic.restart()
                 nic.send_many(sent)
                 assert len(nic.receive_many(200)) == 200
-    seen("devices", "net", "net", "dpdk-testpmd", rings, "restart", "legacy")
+    seen("devices", "net", "net", "dpdk-testpmd", rings, "restart", "legacy", *order)
 
 
 @needs("dpdk-testpmd", "dpdk")

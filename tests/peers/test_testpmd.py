@@ -18,7 +18,9 @@ import pytest
 
 from tests.support.seen import Seen
 from tests.support.tally import tallied
-from vdpa_bridge import Target
+from vdpa_bridge import Feature, Target
+from vdpa_bridge.backends.relay import relayed
+from vdpa_bridge.models.net import NetModel
 from vdpa_bridge.vhost_user.server import Server
 
 pytestmark = [
@@ -92,17 +94,48 @@ def make_frames(seed: int, count: int) -> list[bytes]:
     return [b"\xff" * 6 + b"\x02\0\0\0\0\x01\x88\xb5" + at.to_bytes(4, "big") + rng.randbytes(46 + 11 * at) for at in range(count)]
 
 
+@pytest.fixture
+def accepted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The features that clients start the model with."""
+    starts: list[int] = []
+    start = NetModel.start
+
+    def noted(model: NetModel, features: int) -> None:
+        starts.append(features)
+        start(model, features)
+
+    monkeypatch.setattr(NetModel, "start", noted)
+    return starts
+
+
+@pytest.mark.parametrize("order", ["", ",in_order=0", ",vectorized=1"])
 @pytest.mark.parametrize("options", ["", ",packed_vq=1", ",mrg_rxbuf=0", ",packed_vq=1,mrg_rxbuf=0"])
-def test_echo_byte_for_byte(short_dir: Path, heard: Counter[str], seen: Seen, options: str) -> None:
+def test_echo_byte_for_byte(short_dir: Path, heard: Counter[str], accepted: list[int], seen: Seen, options: str, order: str) -> None:
+    """In order unless it is switched off: virtio-user then looks for each receive buffer's length, and for no send buffer's id."""
     frames = make_frames(3, 100)
     target = Target.parse("model:net")
     path = str(short_dir / "s")
     with Server(target.open, path) as server:
-        assert bounce(path, short_dir, frames, options) == frames
+        assert bounce(path, short_dir, frames, options + order, ["--force-max-simd-bitwidth=512"] if "vectorized" in order else []) == frames
     assert server.served == 1
+    in_order = bool(accepted[-1] & Feature.IN_ORDER)
+    assert in_order == ("in_order=0" not in order)
     assert heard["SET_MEM_TABLE"]
     target.close()
-    seen("clients", "dpdk-testpmd", "net", "model", "packed" if "packed" in options else "split", "memory table")
+    seen("clients", "dpdk-testpmd", "net", "model", "packed" if "packed" in options else "split", "memory table", *["in order"] * in_order)
+
+
+@pytest.mark.parametrize("options", ["", ",packed_vq=1"])
+def test_echo_in_order_through_a_relay(short_dir: Path, accepted: list[int], seen: Seen, options: str) -> None:
+    """The device behind the relay gives back in order, too, and our driver's end of its rings hears of batches."""
+    frames = make_frames(4, 100)
+    target = Target.parse("model:net")
+    path = str(short_dir / "s")
+    with Server(lambda: relayed(target.open()), path):
+        assert bounce(path, short_dir, frames, options) == frames
+    assert accepted[-1] & Feature.IN_ORDER
+    target.close()
+    seen("clients", "dpdk-testpmd", "net", "model", "packed" if options else "split", "in order")
 
 
 @pytest.mark.parametrize(("pairs", "options"), [(2, ""), (2, ",packed_vq=1"), (4, ""), (4, ",packed_vq=1")])

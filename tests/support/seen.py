@@ -27,6 +27,7 @@ HEADS = {
 WORDS = {
     "split": "data in split rings",
     "packed": "data in packed rings",
+    "in order": "rings with IN_ORDER accepted",
     "multi-queue": "several queues or queue pairs, each seen carrying data",
     "restart": "the device reset and brought up again on one connection, features chosen anew",
     "reboot": "the guest resets itself; connection and data stay",

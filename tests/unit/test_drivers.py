@@ -104,8 +104,8 @@ def test_wrong_device_type_or_queue() -> None:
             BlkDriver(device)
         with pytest.raises(ValueError, match="3 queues, there is no queue 3"):
             Driver(device, queues=[0, 3])
-        with pytest.raises(FeatureError, match="does not offer IN_ORDER"):
-            Driver(device, required=Feature.IN_ORDER)
+        with pytest.raises(FeatureError, match="does not offer RING_RESET"):
+            Driver(device, required=Feature.RING_RESET)
         with Driver(device, queues=[2]) as driver, pytest.raises(ValueError, match="no queue 0, only 2"):
             driver.transact(0, [b"x"])
 

@@ -285,6 +285,13 @@ size_t vq_driver_add_many(struct vq_driver *vq, const struct vq_request *request
 
 /* Makes all added chains visible at once. 1: a kick is due; 0: not; -EPROTO: broken. */
 int vq_driver_publish(struct vq_driver *vq);
+
+/* How far the ring is published, as NOTIFICATION_DATA says it: the available index, or a packed ring's cursor. virtio 1.2, 2.9 */
+static inline uint16_t vq_driver_offset(const struct vq_driver *vq)
+{
+	return vq->config.packed ? cursor_retreat(vq->next_avail, vq->batch, vq->config.num) : vq->published;
+}
+
 size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit);
 
 /* 1: completions are waiting already; 0: none, the device will call; -EPROTO: broken. */

@@ -47,8 +47,8 @@ struct bench {
 	struct iova_pieces pieces;
 };
 
-static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entries, bool event_idx, uint32_t base,
-			      bool packed)
+static inline void bench_start(struct bench *b, uint32_t num, uint32_t table_entries, bool event_idx, uint32_t base,
+			       bool packed, bool in_order)
 {
 	struct vq_layout layout = vq_layout(num, table_entries, packed);
 
@@ -67,7 +67,8 @@ static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entr
 								     .table_entries = table_entries,
 								     .base = base,
 								     .event_idx = event_idx,
-								     .packed = packed }) == 0);
+								     .packed = packed,
+								     .in_order = in_order }) == 0);
 	CHECK(vq_device_init(&b->device, &(struct vq_device_config){ .map = &b->map,
 								     .desc = RING_IOVA + layout.desc,
 								     .avail = RING_IOVA + layout.avail,
@@ -76,7 +77,14 @@ static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entr
 								     .base = base,
 								     .event_idx = event_idx,
 								     .indirect = true,
-								     .packed = packed }) == 0);
+								     .packed = packed,
+								     .in_order = in_order }) == 0);
+}
+
+static inline void bench_open(struct bench *b, uint32_t num, uint32_t table_entries, bool event_idx, uint32_t base,
+			      bool packed)
+{
+	bench_start(b, num, table_entries, event_idx, base, packed, false);
 }
 
 /* A base that is valid for both ends: any 16-bit index, or any place in a packed ring, the same for both cursors. */

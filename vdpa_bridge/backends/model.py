@@ -310,6 +310,7 @@ class ModelBackend(RuledBackend):
                 indirect=bool(accepted & Feature.RING_INDIRECT_DESC),
                 packed=bool(accepted & Feature.RING_PACKED),
                 wait=self.iotlb.enabled,
+                in_order=bool(accepted & Feature.IN_ORDER),
             )
         except (OSError, ValueError) as error:
             self._ring_broke(index, reason(error))

@@ -55,6 +55,7 @@ _CARRIED = (
     | Feature.VERSION_1
     | Feature.ACCESS_PLATFORM
     | Feature.RING_PACKED
+    | Feature.IN_ORDER
     | Feature.ORDER_PLATFORM
 )
 """Those that hold on both sides of a relay. Others promise something of rings, interrupts or doorbells that ours do not keep."""
@@ -220,6 +221,7 @@ class RelayBackend(RuledBackend):
                     event_idx=bool(accepted & Feature.RING_EVENT_IDX),
                     owner=region,
                     packed=packed,
+                    in_order=bool(accepted & Feature.IN_ORDER),
                     overstated=True,  # the client may have expected it of the device, and gets no more than fits
                 )
                 behind = self._rings_behind[index] = Behind(queue, _eventfd(), _eventfd())
@@ -317,6 +319,7 @@ class RelayBackend(RuledBackend):
                 event_idx=bool(accepted & Feature.RING_EVENT_IDX),
                 indirect=bool(accepted & Feature.RING_INDIRECT_DESC),
                 packed=bool(accepted & Feature.RING_PACKED),
+                in_order=bool(accepted & Feature.IN_ORDER),
             )
         except (OSError, ValueError) as error:
             self._ring_broke(index, reason(error))

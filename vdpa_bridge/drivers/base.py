@@ -77,7 +77,7 @@ class Driver:
 
         *wanted* features are taken where offered, *required* ones must be. *timeout* in seconds is for every wait. Queues that are
         *isolated* get memory in an address space of their own, and the device sees no other through them, nor that through others.
-        Where the device has *doorbells*, kicks are stores, not system calls.
+        Where the device has *doorbells*, kicks are stores, not system calls; with one for every queue NOTIFICATION_DATA is wanted, too.
         FeatureError when device and driver do not fit, ValueError for queues that are not there, OSError from the device.
         """
         self.device = device
@@ -118,6 +118,10 @@ class Driver:
             if doorbells:
                 pages = {index: device.backend.doorbell(index) for index in self._indices}
                 self._doorbells = {index: page for index, page in pages.items() if page is not None}
+            if len(self._doorbells) == len(self._indices) > 0:
+                self._wanted |= Feature.NOTIFICATION_DATA
+            elif (self._wanted | self._required) & Feature.NOTIFICATION_DATA:
+                raise FeatureError(f"{self.name}: NOTIFICATION_DATA needs a doorbell page for every queue; an eventfd carries no data")
             for _, call in self._eventfds:
                 self._poller.register(call, select.POLLIN)
             self._poller.register(self._config_call, select.POLLIN)
@@ -159,8 +163,11 @@ class Driver:
                 owner=space.region,
                 packed=packed,
                 overstated=self.overstated,
+                in_order=bool(self.features & Feature.IN_ORDER),
             )
-            self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0, self._doorbells.get(index))
+            base = PACKED_BEGIN if packed else 0
+            data = bool(self.features & Feature.NOTIFICATION_DATA)
+            self._rings[index] = Ring(index, queue, kick, call, base, self._doorbells.get(index), data)
         for space in self._spaces:
             space.renew()
         self._pool = self._spaces[0].pool

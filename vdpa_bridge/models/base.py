@@ -20,9 +20,15 @@ from .options import check_options
 from .sources import Sources
 
 RING_FEATURES = (
-    Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX | Feature.RING_PACKED
+    Feature.VERSION_1
+    | Feature.ACCESS_PLATFORM
+    | Feature.RING_INDIRECT_DESC
+    | Feature.RING_EVENT_IDX
+    | Feature.RING_PACKED
+    | Feature.IN_ORDER
 )
-"""What the rings under every model can do; offered with each model's own features."""
+"""What the rings under every model can do; offered with each model's own features. Models may give chains back in any order:
+for a driver that accepted IN_ORDER the rings keep them until those before them are back."""
 
 
 class Queue(Protocol):

@@ -211,8 +211,8 @@ class LifeCycle:
 
     @property
     def _can_relay(self) -> bool:
-        """A relay does not keep the order of IN_ORDER, and cannot wait for mappings."""
-        return self._may_relay and not self.relayed and not self._features & (Feature.IN_ORDER | Feature.ACCESS_PLATFORM)
+        """A relay cannot wait for mappings."""
+        return self._may_relay and not self.relayed and not self._features & Feature.ACCESS_PLATFORM
 
     def _obstacle(self) -> str:
         """What the client will ask of a negotiated device in vain: where its packed rings stand. Split ones say it themselves."""
