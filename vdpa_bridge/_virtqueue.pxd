@@ -112,7 +112,7 @@ cdef extern from "virtqueue.h" nogil:
         void *area
         uint64_t iova
         uint32_t num, table_entries, base
-        bint event_idx, packed, overstated, in_order
+        bint event_idx, packed, overstated, in_order, notification_data
     struct vq_driver:
         vq_driver_config config
         uint32_t free, in_flight

@@ -210,6 +210,7 @@ class DriverQueue(Generic[_T]):
         packed: bool = False,
         overstated: bool = False,
         in_order: bool = False,
+        notification_data: bool = False,
     ) -> Self:
         """Put a ring of `num` (at most 32768; a power of 2 unless `packed`) at `address`, which the device sees at `iova`.
 
@@ -217,6 +218,7 @@ class DriverQueue(Generic[_T]):
         VIRTIO_F_EVENT_IDX, `packed` VIRTIO_F_RING_PACKED. `base` is as for `DeviceQueue`; both halves of a packed one are the same,
         for nothing is in flight yet. `overstated` forgives a device that counts more bytes written than there is room for.
         `in_order` needs VIRTIO_F_IN_ORDER: chains that the device skips in the used ring count as written completely.
+        `notification_data`: VIRTIO_F_NOTIFICATION_DATA was accepted, so all kicks carry `offset`.
         ValueError: num, base, alignment (16 bytes, both addresses), or `size` smaller than `ring_layout` says.
         """
     def __class_getitem__(cls, item: object, /) -> GenericAlias: ...
@@ -245,8 +247,9 @@ class DriverQueue(Generic[_T]):
     def used(self) -> int:
         """IOVA of the device area (used ring; packed: device event suppression)."""
     @property
-    def offset(self) -> int:
-        """How far the ring is published, as NOTIFICATION_DATA says it: the available index; packed: a place, its wrap counter in bit 15."""
+    def offset(self) -> int | None:
+        """How far the ring is published, as kicks say it with NOTIFICATION_DATA: the available index; packed: a place, its wrap counter
+        in bit 15. None without."""
     @property
     def free(self) -> int:
         """Descriptors that can still be added."""

@@ -342,7 +342,7 @@ cdef class DriverQueue:
     def __cinit__(
         self, uintptr_t address, uint64_t size, uint64_t iova, object num,
         *, object table_entries=0, bint event_idx=False, object base=None, object owner=None, bint packed=False,
-        bint overstated=False, bint in_order=False,
+        bint overstated=False, bint in_order=False, bint notification_data=False,
     ):
         cdef vq_driver_config config
         cdef uint32_t entries = checked_num(num, packed)
@@ -353,7 +353,7 @@ cdef class DriverQueue:
         config.area, config.iova, config.num = <void *> address, iova, entries
         config.base = checked_base(entries, base, packed)
         config.table_entries, config.event_idx, config.packed = table_entries, event_idx, packed
-        config.overstated, config.in_order = overstated, in_order
+        config.overstated, config.in_order, config.notification_data = overstated, in_order, notification_data
         self.owner, self.held = owner, [None] * entries
         self.most = max(entries, <uint32_t> table_entries)
         self.buffers = <vq_buffer *> malloc(self.most * sizeof(vq_buffer))
@@ -445,7 +445,7 @@ cdef class DriverQueue:
 
     @property
     def offset(self):
-        return vq_driver_offset(&self.vq)
+        return vq_driver_offset(&self.vq) if self.vq.config.notification_data else None
 
     @property
     def free(self):

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+T = TypeVar("T")
 Registers = dict[str, int]
 Value = Callable[[Registers], int]
 Place = str | Callable[[Registers], str]
@@ -131,6 +132,10 @@ def _join(one: View, other: View) -> View:
     return tuple(map(max, one, other))
 
 
+def _with(many: tuple[T, ...], at: int, one: T) -> tuple[T, ...]:
+    return (*many[:at], one, *many[at + 1 :])
+
+
 class Machine:
     """Programs over *places* and *registers* with their values at the start."""
 
@@ -230,20 +235,20 @@ class Machine:
         return thread._replace(registers=tuple(sorted({**dict(thread.registers), register: value}.items())))
 
     def _loaded(self, thread: Thread, index: int, time: int, message: Message, register: str, acquire: bool) -> Thread:
-        view = thread.view[:index] + (time,) + thread.view[index + 1 :]
+        view = _with(thread.view, index, time)
         pending = _join(_join(thread.pending, view), message.view)
         return self._set(thread._replace(view=_join(view, message.view) if acquire else view, pending=pending), register, message.value)
 
     @staticmethod
     def _put(state: State, number: int, thread: Thread) -> State:
-        return state._replace(threads=state.threads[:number] + (thread,) + state.threads[number + 1 :])
+        return state._replace(threads=_with(state.threads, number, thread))
 
     def _stored(self, state: State, number: int, thread: Thread, index: int, value: int, shown: View) -> State:
         """*shown* goes with the message."""
         time = len(state.memory[index])
-        view = thread.view[:index] + (time,) + thread.view[index + 1 :]
-        message = Message(value, shown[:index] + (time,) + shown[index + 1 :])
-        memory = state.memory[:index] + ((*state.memory[index], message),) + state.memory[index + 1 :]
+        view = _with(thread.view, index, time)
+        message = Message(value, _with(shown, index, time))
+        memory = _with(state.memory, index, (*state.memory[index], message))
         return self._put(state, number, thread._replace(view=view, pending=_join(thread.pending, view)))._replace(memory=memory)
 
     def _called(self, state: State, number: int, thread: Thread, index: int, value: int) -> State:

@@ -181,7 +181,7 @@ FORMS = {
     for event_idx in (False, True)
     for ring in (Split(2, event_idx), Packed(2, event_idx), Packed(3, event_idx, num=1))
 }
-MISSING = [f"{letter} {end}" for letter in "publish kick use call".split() for end in ("driver", "device")]
+MISSING = [f"{letter} {end}" for letter in ("publish", "kick", "use", "call") for end in ("driver", "device")]
 
 
 @pytest.mark.parametrize("form", FORMS)

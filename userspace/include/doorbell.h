@@ -12,6 +12,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "virtqueue.h"
+
 /* The ring's index, published before, must be seen by whoever the store wakes: the partner is the device's read of
  * the ring after the notification. Ordinary fences do not order device memory on every architecture. */
 static inline void doorbell_fence(void)
@@ -36,7 +38,7 @@ static inline void doorbell_ring(void *page, uint16_t queue)
 	*(volatile uint16_t *)page = queue;
 }
 
-/* With NOTIFICATION_DATA; `offset` is vq_driver_offset's. */
+/* With NOTIFICATION_DATA: `offset` says how far the ring is, see vq_driver_offset. */
 static inline void doorbell_ring_data(void *page, uint16_t queue, uint16_t offset)
 {
 	uint32_t data = queue | (uint32_t)offset << 16;
@@ -46,6 +48,15 @@ static inline void doorbell_ring_data(void *page, uint16_t queue, uint16_t offse
 	data = __builtin_bswap32(data);
 #endif
 	*(volatile uint32_t *)page = data;
+}
+
+/* Kicks queue number `queue`, as its driver has negotiated. */
+static inline void doorbell_kick(void *page, uint16_t queue, const struct vq_driver *vq)
+{
+	if (vq->config.notification_data)
+		doorbell_ring_data(page, queue, vq_driver_offset(vq));
+	else
+		doorbell_ring(page, queue);
 }
 
 #endif

@@ -231,6 +231,7 @@ struct vq_driver_config {
 	bool packed;
 	bool overstated; /* the device may count more bytes written than there is room for: taken for all of them */
 	bool in_order; /* VIRTIO_F_IN_ORDER: one used entry may stand for all chains up to the one it names */
+	bool notification_data; /* VIRTIO_F_NOTIFICATION_DATA: kicks say how far the ring is, see doorbell.h */
 };
 
 struct vq_driver {

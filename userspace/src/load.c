@@ -20,7 +20,7 @@ enum load_state load_publish(const struct load_ring *ring)
 	if (!due)
 		return LOAD_MORE;
 	if (ring->doorbell)
-		doorbell_ring(ring->doorbell, ring->index);
+		doorbell_kick(ring->doorbell, ring->index, ring->vq);
 	else if (eventfd_write(ring->kick, 1) && errno != EAGAIN) /* a full counter is a kick that waits */
 		return LOAD_ERRNO;
 	return LOAD_MORE;

@@ -164,10 +164,9 @@ class Driver:
                 packed=packed,
                 overstated=self.overstated,
                 in_order=bool(self.features & Feature.IN_ORDER),
+                notification_data=bool(self.features & Feature.NOTIFICATION_DATA),
             )
-            base = PACKED_BEGIN if packed else 0
-            data = bool(self.features & Feature.NOTIFICATION_DATA)
-            self._rings[index] = Ring(index, queue, kick, call, base, self._doorbells.get(index), data)
+            self._rings[index] = Ring(index, queue, kick, call, PACKED_BEGIN if packed else 0, self._doorbells.get(index))
         for space in self._spaces:
             space.renew()
         self._pool = self._spaces[0].pool

@@ -64,8 +64,6 @@ class Ring:
     base: int = 0
     doorbell: Doorbell | None = None
     """Where to kick instead of *kick*."""
-    data: bool = False
-    """Whether kicks say how far the ring is (NOTIFICATION_DATA), which an eventfd cannot."""
     slots: Slots[Pending] | None = None
     """Buffers that are posted again and again; then all that comes back comes through them."""
     take_slots: Callable[[], int] | None = None
@@ -114,7 +112,7 @@ class Ring:
     def notify(self) -> None:
         """Let the device look at the ring."""
         if self.doorbell is not None:
-            self.doorbell.ring(self.queue.offset if self.data else None)
+            self.doorbell.ring(self.queue.offset)
         else:
             os.eventfd_write(self.kick, 1)
 
