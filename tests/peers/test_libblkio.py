@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from tests.support.homes import storage_daemon
 from tests.support.seen import Seen
 from tests.support.tally import tallied
 from vdpa_bridge import Target
+from vdpa_bridge.models import BlkModel
+from vdpa_bridge.models.blk import BlkType
 from vdpa_bridge.vhost_user.server import Server
+from vdpa_bridge.virtqueue import Chain
 
 pytestmark = [
     pytest.mark.peers,
@@ -49,6 +53,30 @@ def test_a_disk_of_ours(short_dir: Path, client: list[str], queues: int, polled:
     assert server.served == 2
     assert all(chains[queue] > 2 * REQUESTS for queue in range(queues)), chains
     seen("clients", "libblkio", "blk", "model", "split", "memory slots", "memory hotplug", "successor", *["multi-queue"] * (queues > 1))
+
+
+@pytest.mark.parametrize("polled", [False, True], ids=["events", "polled"])
+@pytest.mark.parametrize("queues", [1, 3])
+def test_a_disk_with_an_engine(short_dir: Path, client: list[str], queues: int, polled: bool, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    """On a file that is not in the page cache; the model has to do no more than what is not plain."""
+    image, path, asked = short_dir / "disk", short_dir / "s", Counter[str]()
+    image.write_bytes(bytes(64 << 20))
+    with image.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    serve = BlkModel._serve
+
+    def counted(model: BlkModel, chain: Chain) -> int:
+        asked[BlkType(chain.read(0, 4)[0]).name] += 1
+        return serve(model, chain)
+
+    monkeypatch.setattr(BlkModel, "_serve", counted)
+    target = Target.parse(f"model:blk?file={image}&queues={queues}&threads={queues}&engine=native")
+    with Server(target.open, str(path)):
+        verified(client, path, queues, *["poll"] * polled)
+    target.close()
+    assert set(asked) == {"DISCARD", "WRITE_ZEROES"}, asked
+    seen("clients", "libblkio", "blk", "model", "split", "memory slots", "memory hotplug", *["multi-queue"] * (queues > 1))
 
 
 def test_a_disk_behind_another_back_end(short_dir: Path, client: list[str], seen: Seen) -> None:

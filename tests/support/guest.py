@@ -23,6 +23,7 @@ $VDPA_BRIDGE_QEMU another QEMU.
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
 import shlex
 import shutil
@@ -75,6 +76,16 @@ def kernel_kit() -> Path:
         GuestError: the kit cannot be made here; the text says why.
     """
     return Path(_place("VDPA_BRIDGE_KERNEL_DIR", "kernel"))
+
+
+def kit_modules(name: str) -> dict[str, bytes]:
+    """A module that the initial RAM disk has not, with all that it needs: files for a guest's root, to be given to insmod in this order."""
+    kit = kernel_kit()
+    command = ["modprobe", "-d", str(kit / "root"), "-S", (kit / "release").read_text().strip(), "--show-depends", name]
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
+    sources = [Path(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("insmod ")]
+    return {source.name.partition(".")[0] + ".ko": lzma.decompress(source.read_bytes()) if source.suffix == ".xz" else source.read_bytes() for source in sources}
 
 
 def newer_qemu() -> str:

@@ -51,6 +51,7 @@ def tallied(text: str) -> Iterator[tuple[Opener, Counter[int]]]:
     if (sources := model.sources) is not None:
         serve = sources.serve
         sources.serve = lambda queues: serve(counted(queues))  # type: ignore[method-assign]
+    model.engine = lambda index: None  # type: ignore[method-assign]  # it would serve beside the tally
     device = ModelDevice(model, text)
     try:
         yield device.open, count
