@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import device_error, reason
@@ -37,8 +38,32 @@ from .runner import Runner, ServedQueue
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class QueueState:
+    """How a queue stands: where the next chain is taken, and the next one is given back."""
+
+    index: int
+    size: int
+    base: int
+    used: int
+    enabled: bool
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What a driver has made of a device: the status byte, the features that it accepted, and whether it has to reset it."""
+
+    status: int = 0
+    features: int = 0
+    broken: bool = False
+
+
 class ModelDevice:
     """A model that waits for a driver: one opening at a time, as with a character device."""
+
+    on_broken: Callable[[int, str], None] = staticmethod(lambda index, why: None)
+    """Called when a ring broke, with the lock held."""
 
     def __init__(self, model: Model, name: str) -> None:
         self.model = model
@@ -71,6 +96,23 @@ class ModelDevice:
             if changed := self.model.refresh():
                 self._config_changed()
             return changed
+
+    def hold(self, held: bool) -> None:
+        """Leave requests where they are until further notice, whoever the driver is; or go on. Operations are carried out meanwhile."""
+        with self.runner.lock:
+            self.runner.hold(held)
+
+    def state(self) -> DeviceState:
+        """As the driver that is there has made it."""
+        with self.runner.lock:
+            return self._session.state() if self._session is not None else DeviceState()
+
+    def queues(self) -> list[QueueState]:
+        """All of them, whether they work or not."""
+        with self.runner.lock:
+            if self._session is not None:
+                return self._session.queues()
+            return [QueueState(index, self.model.queue_size, 0, 0, False, 0) for index in range(self.model.queue_count)]
 
     def _config_changed(self) -> None:
         if self._session is not None:
@@ -166,6 +208,7 @@ class ModelBackend(RuledBackend):
     def __init__(self, device: ModelDevice, on_close: Callable[[], None]) -> None:
         super().__init__(device.name)
         model = device.model
+        self._device = device
         self._lock = device.runner.lock
         self._model = model
         self._on_close = on_close
@@ -245,6 +288,22 @@ class ModelBackend(RuledBackend):
         _log.warning("%s: queue %d: %s; the device needs a reset", self.name, index, why)
         self._status |= Status.NEEDS_RESET
         self.config_changed()
+        self._device.on_broken(index, why)
+
+    def state(self) -> DeviceState:
+        """How the device stands. The lock is held, here and below."""
+        return DeviceState(self._status, self._features & self._offered, bool(self._status & Status.NEEDS_RESET))
+
+    def queues(self) -> list[QueueState]:
+        """How each queue stands."""
+        found = []
+        for index in range(self._model.queue_count):
+            ring, served = self._rings[index] if index < len(self._rings) else Ring(self.queue_size), self._runner.rings.get(index)
+            if served is not None:
+                found.append(QueueState(index, ring.num, served.queue.base, served.queue.used_idx, True, served.queue.in_flight))
+            else:
+                found.append(QueueState(index, ring.num, base := self._base(ring), base, False, 0))
+        return found
 
     # Configuration space -----------------------------------------------------------------------------------------------
 

@@ -85,6 +85,8 @@ class Runner:
         self.rings: dict[int, ServedQueue] = {}
         self.paused = False
         self.running = False
+        self.held = False
+        """Whether neither rings nor sources are served, whatever drivers say."""
         self.model = model
         self._name = name
         self._pending: set[int] = set()
@@ -117,8 +119,26 @@ class Runner:
     def resume(self) -> None:
         """Serve again."""
         self.paused = False
-        self._workers.pause(False)
+        self._workers.pause(self.held)
         self._await_sources()
+
+    def hold(self, held: bool) -> None:
+        """Serve nothing until further notice, or serve again. What was begun has been done."""
+        self.held = held
+        self._workers.pause(self._rests)
+        if not held:
+            if self.running:
+                self._await_sources()
+            else:
+                self._mute_sources()
+            for ring in self.rings.values():
+                if ring.engine is not None:
+                    self._workers.look(ring.engine)
+            os.eventfd_write(self._wake, 1)
+
+    @property
+    def _rests(self) -> bool:
+        return self.paused or self.held
 
     def replace(self, model: Model) -> None:
         """Go on with another model, by which every ring is looked at. No chain is in flight, and the old one's sources are open still."""
@@ -264,7 +284,7 @@ class Runner:
         """Let the model serve a batch of the queues of an engine that has met what it does not do itself, in the engine's thread."""
         with self.lock:
             served = [index for index in engine.served if index in self.rings and self.rings[index].engine is engine]
-            if not self.paused:
+            if not self._rests:
                 for index in served:
                     self._serve(index, self.rings[index])
                 self._settle()
@@ -277,7 +297,7 @@ class Runner:
     def _run(self) -> None:
         wake = self._wake
         while True:
-            events = self._epoll.poll(0 if self._pending and not self.paused else -1)
+            events = self._epoll.poll(0 if self._pending and not self._rests else -1)
             with self.lock:
                 if self._closing:
                     return
@@ -285,7 +305,7 @@ class Runner:
                 if wake in kicked:
                     os.eventfd_read(wake)
                 self._pending.update(i for i, ring in self.rings.items() if ring.kick is not None and ring.kick.fd in kicked)
-                if not self.paused:
+                if not self._rests:
                     self._serve_pending()
                     if (sources := self.model.sources) is not None and sources.fileno() in kicked and (self.running or sources.idle):
                         self._serve_sources(sources)

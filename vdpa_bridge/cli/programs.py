@@ -251,6 +251,7 @@ def _command(back_end: BackEnd) -> click.Command:
         socket_mode: int,
         socket_group: int | None,
         timeout: float,
+        qmp: str | None,
         log_format: str,
         verbose: bool,
         sandbox: str,
@@ -269,7 +270,7 @@ def _command(back_end: BackEnd) -> click.Command:
         def tell(text: str, *, event: str, **facts: object) -> None:
             log(logging.INFO, event, text, back_end.kind)
 
-        return run(checked([spec]), [(spec.name, fd)] if fd is not None else [], tell, trace, log_format, verbose, sandbox)
+        return run(checked([spec]), [(spec.name, fd)] if fd is not None else [], tell, trace, log_format, verbose, sandbox, qmp)
 
     params: list[click.Parameter] = [
         click.Option(["--socket-path"], metavar="PATH", help="Where to listen, for client after client; a stale socket there is replaced."),

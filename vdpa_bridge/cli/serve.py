@@ -76,6 +76,7 @@ def service_options(function: F) -> F:
             "--timeout", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Seconds that a client may stall within a message."
         ),
         click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log on stderr."),
+        click.option("--qmp", metavar="PATH", help="A socket for monitors, which speak QMP as qmp-shell does.  [default: none]"),
         click.option("-v", "--verbose", is_flag=True, help="Log clients that come and go, too."),
     )):
         function = option(function)
@@ -92,6 +93,7 @@ vdpa-bridge serve /run/disk.sock='model:blk?file=disk.img' /run/hw.sock=/dev/vho
 vdpa-bridge serve --config /etc/vdpa-bridge.toml --log-format json
 vdpa-bridge serve 'vhost-user:/run/legacy.sock?type=net' --socket-path /run/vdpa.sock --vdpa require
 vdpa-bridge serve model:my_device.py --socket-path dev.sock --reload
+vdpa-bridge serve 'model:blk?file=disk.img' --socket-path disk.sock --qmp qmp.sock      then: qmp-shell qmp.sock
 vdpa-bridge serve model:net --socket-path net.sock --json | while read event; do ...; done
 """,
 )
@@ -121,6 +123,7 @@ def command(
     socket_mode: int,
     socket_group: int | None,
     timeout: float,
+    qmp: str | None,
     keep_going: bool,
     live: bool,
     sandbox: str,
@@ -139,14 +142,17 @@ def command(
     from ..service.spec import DeviceSpec, checked, read_config
 
     defaults = DeviceSpec("", mode=socket_mode, group=socket_group, vdpa=vdpa, timeout=timeout, relay=relay)
-    specs = [*_from_words(words, socket_path, fd, defaults), *(read_config(config, defaults) if config is not None else [])]
+    specs = _from_words(words, socket_path, fd, defaults)
+    if config is not None:
+        more, place = read_config(config, defaults)
+        specs, qmp = [*specs, *more], qmp or place
     if not specs:
         raise click.UsageError("nothing to serve: give a TARGET, PATH=TARGET words or --config")
     specs = checked(specs)
     passed = passed_fds() + ([(specs[0].name, fd)] if fd is not None else [])
     if sandbox != "off" and (keep_going or live):
         raise click.UsageError(f"--{'keep-going' if keep_going else 'reload'} opens files later, which --sandbox forbids")
-    return run(specs, passed, output.event, trace, log_format, verbose, sandbox, keep_going=keep_going, live=live)
+    return run(specs, passed, output.event, trace, log_format, verbose, sandbox, qmp, keep_going=keep_going, live=live)
 
 
 def run(
@@ -157,13 +163,14 @@ def run(
     log_format: str,
     verbose: bool,
     sandbox: str,
+    qmp: str | None,
     *,
     keep_going: bool = False,
     live: bool = False,
 ) -> int:
     """Serve *specs*, which are ``checked``, with the sockets *passed* (name, descriptor); the exit status.
 
-    *tell* hears, as a text and as facts, that clients can come, and what ended it. *sandbox*: on, off, degrade or show.
+    *tell* hears, as a text and as facts, that clients can come, and what ended it. *sandbox*: on, off, degrade or show. *qmp*: where monitors come to.
     """
     from ..service import sandboxed
     from ..service.journal import Journal, event
@@ -175,7 +182,13 @@ def run(
     notifier = Notifier()
     journal = Journal(sys.stderr, log_format, verbose)
     service = Service(
-        specs, inherited, notifier, wrap=lambda backend, name: trace.wrap(backend, name if traced else ""), keep_going=keep_going, live=live
+        specs,
+        inherited,
+        notifier,
+        wrap=lambda backend, name: trace.wrap(backend, name if traced else ""),
+        keep_going=keep_going,
+        live=live,
+        qmp=qmp or "",
     )
     if sandbox == "show":
         click.echo(json.dumps(sandboxed.show(service), indent=2))

@@ -126,6 +126,14 @@ class Model(ABC):
         """Look anew at what may have changed outside (the size of a file); what did, for the log, empty if nothing."""
         return ""
 
+    def resize(self, size: int) -> str:
+        """Have *size* bytes from now on; what has changed, as of ``refresh``. ValueError when that cannot be, OSError when it fails."""
+        raise ValueError("it has no size that could be changed")
+
+    def plug(self, up: bool) -> None:
+        """Put the cable in, or out; called as ``ModelDevice.change`` calls its action. ValueError unless it is a network interface."""
+        raise ValueError("it has no link")
+
     def snapshot(self) -> dict[str, Any]:
         """What a driver has changed and a successor has to know: plain values, by which ``restore`` makes it the same device."""
         return {}

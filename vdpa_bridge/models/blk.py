@@ -14,6 +14,7 @@ import ctypes
 import errno
 import logging
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from enum import IntEnum
@@ -234,6 +235,17 @@ class BlkModel(Model):
         for engine in self._engines.values():
             engine.capacity = self.capacity
         return f"{before} sectors before, {self.capacity} now" if self.capacity != before else ""
+
+    def resize(self, size: int) -> str:
+        """The file, or the memory, gets that size."""
+        if self._readonly:
+            raise ValueError("it is read-only")
+        if size % SECTOR or not SECTOR <= size <= LARGEST:
+            raise ValueError(f"a disk has {SECTOR} bytes to {LARGEST}, and a multiple of {SECTOR}")
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise ValueError("it is a block device, whose size others change; reload takes it anew")
+        os.ftruncate(self._fd, size)
+        return self.refresh()
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of requests."""

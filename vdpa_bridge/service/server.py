@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 
 from ..backends.base import Backend
+from ..backends.model import ModelDevice
 from ..backends.relay import relayed
 from ..models import Model
 from ..targets import Target
@@ -24,12 +25,19 @@ Wrap = Callable[[Backend, str], Backend]
 Identify = Callable[[socket.socket], PeerCredentials]
 """Says who is at the other end."""
 
+OnClient = Callable[[str, PeerCredentials, bool], None]
+"""Hears the name of the device, who it is, and whether the client came."""
+
 
 class ServedDevice:
     """A device as its target says. ``open`` gives one session after the other; a model lives until ``close``."""
 
     def __init__(self, spec: DeviceSpec, wrap: Wrap) -> None:
         self.spec = spec
+        self.held = False
+        """Whether requests wait, where the device is a model."""
+        self.on_broken: Callable[[int, str], None] = lambda index, why: None
+        """Called when a ring of the model broke."""
         self._target = Target.parse(spec.target, spec.name)
         self._wrap = wrap
         self._first: Backend | None = None
@@ -52,7 +60,34 @@ class ServedDevice:
 
     def _open(self) -> Backend:
         backend = self._target.open()
+        if self.model is not None:
+            self.model.on_broken = self.on_broken
+            self.hold(self.held)
         return self._wrap(relayed(backend) if self.spec.relay == "on" else backend, self.spec.name)
+
+    @property
+    def model(self) -> ModelDevice | None:
+        """The model in this process that the device is, once it was opened."""
+        return self._target.model
+
+    def hold(self, held: bool) -> None:
+        """Let requests wait until further notice, or not; of a model."""
+        self.held = held
+        if self.model is not None and self.model.runner.held != held:
+            self.model.hold(held)
+
+    def resize(self, size: int) -> str:
+        """Give a model that many bytes, and tell its driver; what changed. ValueError when that cannot be, OSError when it fails."""
+        model, changed = self.model, ""
+        if model is None:
+            raise ValueError(f"it is no model in this process: {self.spec.target}")
+
+        def resize() -> None:
+            nonlocal changed
+            changed = model.model.resize(size)
+
+        model.change(resize)
+        return changed
 
     def refresh(self) -> str:
         """Let a model look again at what is outside (how large a disk is), and tell its driver; what changed, for the log. OSError."""
@@ -71,9 +106,12 @@ class ServedDevice:
 
 
 class ServiceServer(Server):
-    """The server of one device. In its thread, *on_client* is called after a client came or went, *on_end* when nobody else can come."""
+    """The server of one device.
 
-    def __init__(self, device: ServedDevice, listener: Listener, identify: Identify, on_client: Callable[[], None], on_end: Callable[[], None]) -> None:
+    In its thread, *on_client* is called after a client came or went, with who it is and whether it came; *on_end* when nobody else can come.
+    """
+
+    def __init__(self, device: ServedDevice, listener: Listener, identify: Identify, on_client: OnClient, on_end: Callable[[], None]) -> None:
         spec = device.spec
         super().__init__(device.open, listener.place, sock=listener.sock, vdpa=spec.vdpa, timeout=spec.timeout, relay=spec.relay == "auto")
         self.device = device
@@ -100,8 +138,10 @@ class ServiceServer(Server):
 
     def attend(self, client: socket.socket | None) -> None:
         """Note who it is."""
-        self.peer = CONTEXT.peer = None if client is None else self._identify(client)
-        self._on_client()
+        gone, self.peer = self.peer, None if client is None else self._identify(client)
+        CONTEXT.peer = self.peer
+        if (who := self.peer or gone) is not None:
+            self._on_client(self.device.spec.name, who, client is not None)
 
     def tell(self, level: int, name: str, why: str = "", **more: object) -> None:
         """One line of the log."""

@@ -15,9 +15,10 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FrameType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ..errors import ProtocolError, reason
 from ..models import Model
@@ -26,6 +27,9 @@ from .listening import Listener, PeerCredentials
 from .manager import Notifier
 from .server import Identify, ServedDevice, ServiceServer, Wrap
 from .spec import DeviceSpec
+
+if TYPE_CHECKING:
+    from .qmp import Monitor
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 GRACE = 5.0
@@ -38,6 +42,8 @@ _DIED = 0
 """What is written to the pipe of signals when a thread died; no signal has this number."""
 _ENDED = 255
 """The same when a device's only client is gone."""
+_QUIT = 254
+"""The same when the monitor was told to end the service."""
 
 
 class Interrupted(Exception):
@@ -96,12 +102,16 @@ class Signals:
         """A device's only client is gone. Any thread."""
         os.write(self._write, bytes([_ENDED]))
 
+    def quit(self) -> None:
+        """The service is to end. Any thread."""
+        os.write(self._write, bytes([_QUIT]))
+
     def fileno(self) -> int:
         """Readable when one came: for those who wait for other things as well."""
         return self._read
 
     def wait(self) -> int:
-        """The next one's number, 0 for the death of a thread, 255 for ``ended``."""
+        """The next one's number, 0 for the death of a thread, 255 for ``ended``, 254 for ``quit``."""
         return os.read(self._read, 1)[0]
 
 
@@ -110,6 +120,7 @@ class Service:
 
     *keep_going*: a device that cannot be opened is tried again for each client, and one whose socket cannot be had is left out.
     *wrap* goes around each session with a device. *live*: models of users' own are loaded anew when their files change.
+    *qmp*: where monitors come to, empty for nowhere.
     """
 
     def __init__(
@@ -121,6 +132,7 @@ class Service:
         wrap: Wrap,
         keep_going: bool = False,
         live: bool = False,
+        qmp: str = "",
     ) -> None:
         self._specs = specs
         self._listeners = inherited
@@ -130,7 +142,14 @@ class Service:
         self._identify: Identify = PeerCredentials.of
         self.servers: list[ServiceServer] = []
         self._live = live
+        self.held = False
+        """Whether requests wait, until ``hold`` says otherwise."""
+        self._qmp = qmp
+        self._monitor: Monitor | None = None
+        self._signals: Signals | None = None
+        self._end_reason = "host-signal"
         self._stopping = threading.Event()
+        self._lock = threading.Lock()
 
     @property
     def served(self) -> int:
@@ -144,13 +163,18 @@ class Service:
             return [device.make() for device in self._devices]
 
     def listen(self) -> list[Listener]:
-        """Have all sockets. OSError as of the first that fails."""
+        """Have all sockets, and return those of devices. OSError as of the first that fails."""
         for spec in self._specs:
             if spec.name not in self._listeners:
                 try:
                     self._listeners[spec.name] = Listener.bind(spec.socket_path or "", spec.mode, spec.group)
                 except OSError as error:
                     self._failed(spec, error)
+        if self._qmp and self._monitor is None:
+            from .qmp import Monitor
+            from .qmp_commands import COMMANDS
+
+            self._monitor = Monitor(self._qmp, lambda name, arguments: COMMANDS[name].carry_out(self, arguments))
         return [*self._listeners.values()]
 
     def confide(self, notifier: Notifier, identify: Identify) -> None:
@@ -161,8 +185,10 @@ class Service:
     def start(self, signals: Signals) -> None:
         """Open all devices, then all sockets, then serve. Errors as of the first that fails; Interrupted."""
         _use_all_descriptors()
+        self._signals = signals
         with signals.interruptible():
             for device in self._devices:
+                device.on_broken = partial(self._broke, device.spec.name)
                 try:
                     device.prepare()
                 except (OSError, ProtocolError) as error:
@@ -175,6 +201,8 @@ class Service:
             raise OSError(errno.ENODEV, "no device is left to serve")
         for server in self.servers:
             server.start()
+        if self._monitor is not None:
+            self._monitor.start()
         if self._live:
             threading.Thread(target=self._watch_code, name="watcher of code", daemon=True).start()
         self._notifier.send("READY=1", self._state())
@@ -191,8 +219,10 @@ class Service:
         while (number := signals.wait()) != _DIED:
             if number in STOP:
                 return f"stopped by {signal.Signals(number).name}", True
+            if number == _QUIT:
+                return "stopped by the monitor", True
             if number == signal.SIGHUP:
-                threading.Thread(target=self._reload, name="reload", daemon=True).start()
+                threading.Thread(target=self.reload, name="reload", daemon=True).start()
             elif number != _ENDED:
                 self.log_status()
             elif all(server.ended for server in self.servers):
@@ -213,6 +243,7 @@ class Service:
     def stop(self) -> bool:
         """Take sockets away, drop clients, give devices back; whether all of that was done in time."""
         self._stopping.set()
+        self._emit("SHUTDOWN", guest=False, reason=self._end_reason)
         if self.servers:
             self._notifier.send("STOPPING=1", "STATUS=stopping")
         servers = {server.device: server for server in self.servers}
@@ -223,9 +254,49 @@ class Service:
             event(logging.ERROR, "stuck", f"not given back within {GRACE:g} s; the end of this process will do it", device=name)
         for listener in self._listeners.values():
             listener.close()
+        if self._monitor is not None:
+            self._monitor.close()
         return not left
 
-    def _tell(self) -> None:
+    # For the monitor, in any thread ---------------------------------------------------------------------------------------
+
+    def hold(self, held: bool) -> None:
+        """Let the requests of all models wait until further notice, or go on."""
+        with self._lock:
+            if held == self.held:
+                return
+            self.held = held
+            for device in self._devices:
+                device.hold(held)
+            self._emit("STOP" if held else "RESUME")
+
+    def resize(self, name: str, size: int) -> None:
+        """Give the model that is called so another size, and tell its driver. ValueError when that cannot be, OSError when it fails."""
+        device = next(device for device in self._devices if device.spec.name == name)
+        if changed := device.resize(size):
+            self._resized(name, changed)
+
+    def quit(self) -> None:
+        """End as on SIGTERM."""
+        self._end_reason = "host-qmp-quit"
+        if self._signals is not None:
+            self._signals.quit()
+
+    def _emit(self, name: str, **data: object) -> None:
+        if self._monitor is not None:
+            self._monitor.emit(name, **data)
+
+    def _broke(self, name: str, queue: int, why: str) -> None:
+        self._emit("VDPA_DEVICE_BROKEN", device=name, queue=queue, reason=why)
+
+    def _resized(self, name: str, changed: str) -> None:
+        event(logging.INFO, "resize", changed, device=name)
+        self._emit("VDPA_DEVICE_RESIZED", device=name, change=changed)
+
+    # For clients, the service manager and signals -----------------------------------------------------------------------------
+
+    def _tell(self, name: str, who: PeerCredentials, came: bool) -> None:
+        self._emit("VDPA_CLIENT_CONNECTED" if came else "VDPA_CLIENT_DISCONNECTED", device=name, pid=who.pid, uid=who.uid)
         if self._notifier.heard:
             self._notifier.send(self._state())
 
@@ -233,9 +304,10 @@ class Service:
         clients = sum(server.peer is not None for server in self.servers)
         return f"STATUS={_count(len(self.servers), 'device')}, {_count(clients, 'client')}"
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Let all models look anew at what is outside."""
         self._notifier.reloading()
-        tasks = {device.spec.name: _Refreshing(device) for device in self._devices}
+        tasks = {device.spec.name: _Refreshing(device, self._resized) for device in self._devices}
         for name in _all_at_once(tasks, _RELOAD):
             event(logging.ERROR, "reload", f"the disk's file did not answer within {_RELOAD:g} s", device=name)
         event(logging.INFO, "reload", "sizes of disks were read again")
@@ -268,15 +340,15 @@ class _Ending:
 
 
 class _Refreshing:
-    """Reads the size of a device's disk again."""
+    """Reads the size of a device's disk again; *changed* hears of another one."""
 
-    def __init__(self, device: ServedDevice) -> None:
-        self._device = device
+    def __init__(self, device: ServedDevice, changed: Callable[[str, str], None]) -> None:
+        self._device, self._changed = device, changed
 
     def __call__(self) -> None:
         try:
             if changed := self._device.refresh():
-                event(logging.INFO, "resize", changed)
+                self._changed(self._device.spec.name, changed)
         except (OSError, ValueError) as error:
             event(logging.ERROR, "reload", reason(error))
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 VDPA_MODES = ("require", "prefer", "off")
 RELAY_MODES = ("auto", "on", "off")
@@ -66,22 +67,31 @@ def split_word(word: str) -> tuple[str | None, str]:
     return path, target
 
 
-def read_config(path: str, defaults: DeviceSpec) -> list[DeviceSpec]:
-    """The ``[[device]]`` tables of a TOML file; what they leave open comes from *defaults*. OSError, ValueError."""
+class Configuration(NamedTuple):
+    """What a file says: devices, and where monitors come to, empty for nowhere."""
+
+    devices: list[DeviceSpec]
+    qmp: str
+
+
+def read_config(path: str, defaults: DeviceSpec) -> Configuration:
+    """The ``[[device]]`` tables of a TOML file, and ``qmp``; what tables leave open comes from *defaults*. OSError, ValueError."""
     try:
         data = tomllib.loads(Path(path).read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    tables = data.pop("device", [])
+    tables, qmp = data.pop("device", []), data.pop("qmp", "")
+    if not isinstance(qmp, str):
+        raise ValueError(f"{path}: qmp = {qmp!r} is not a text in quotes")
     if data or not isinstance(tables, list) or not tables:
-        raise ValueError(f"{path}: {', '.join(data) or 'nothing'} found; the file holds [[device]] tables and nothing else")
+        raise ValueError(f"{path}: {', '.join(data) or 'nothing'} found; the file holds qmp, [[device]] tables and nothing else")
     specs = []
     for number, table in enumerate(tables, 1):
         try:
             specs.append(_from_table(table, defaults))
         except ValueError as error:
             raise ValueError(f"{path}: device {number}: {error}") from None
-    return specs
+    return Configuration(specs, qmp)
 
 
 def _from_table(table: object, defaults: DeviceSpec) -> DeviceSpec:
