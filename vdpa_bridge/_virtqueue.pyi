@@ -431,6 +431,15 @@ class BlkEngine(Engine):
         """errno of the first request that failed after it was put in flight, or 0."""
 
 @final
+class NetEngine(Engine):
+    """A queue pair of a network device without a wire (userspace/include/net_engine.h)."""
+
+    def __init__(self, pair: int, kind: str, header: int, *, thread: int = 0) -> None:
+        """*kind*: "loop", "echo", "sink" or "source"; *header* bytes of struct virtio_net_hdr, 10 or 12. ValueError for others."""
+    def follow(self, mac: bytes, used: bool) -> None:
+        """The device's address, and whether the pair is in use."""
+
+@final
 class Loop:
     """A thread's worth of engines of one device. Synchronization: with the gate held, `run` excepted."""
 

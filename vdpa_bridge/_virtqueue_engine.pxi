@@ -61,6 +61,15 @@ cdef extern from "blk_engine.h" nogil:
     int blk_engine_init(blk_engine *b, const blk_config *config)
     void blk_engine_destroy(blk_engine *b)
 
+cdef extern from "net_engine.h" nogil:
+    enum: NET_LOOP, NET_ECHO, NET_SINK, NET_SOURCE
+    struct net_engine:
+        engine engine
+        uint32_t header
+        unsigned char *mac
+        bint used
+    void net_engine_init(net_engine *n, int kind)
+
 
 @cython.final
 cdef class Gate:
@@ -168,6 +177,27 @@ cdef class BlkEngine(Engine):
     @property
     def failure(self):
         return self.blk.failure
+
+
+@cython.final
+cdef class NetEngine(Engine):
+    cdef net_engine net
+
+    def __init__(self, Py_ssize_t pair, object kind, uint32_t header, *, object thread=0):
+        kinds = {"loop": NET_LOOP, "echo": NET_ECHO, "sink": NET_SINK, "source": NET_SOURCE}
+        if kind not in kinds:
+            raise ValueError(f"kind {kind!r}; there is: {', '.join(kinds)}")
+        if header not in (10, 12):
+            raise ValueError(f"a header of {header} bytes; it has 10 or 12")
+        net_engine_init(&self.net, kinds[kind])
+        self.net.header = header
+        self.set_up(&self.net.engine, 2 * pair, 2, thread)
+
+    def follow(self, bytes mac not None, bint used):
+        if len(mac) != 6:
+            raise ValueError(f"a MAC address of {len(mac)} bytes")
+        memcpy(self.net.mac, PyBytes_AS_STRING(mac), 6)
+        self.net.used = used
 
 
 @cython.final

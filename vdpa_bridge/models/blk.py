@@ -140,6 +140,9 @@ class BlkModel(Model):
         self.capacity = size // SECTOR
         """Sectors of 512 bytes."""
         self._readonly = readonly
+        if self._native and self._medium == "resident":
+            with contextlib.suppress(OSError):  # then by system calls: it is small, or larger than all addresses
+                self._memory = BlkMemory(fd, self.capacity * SECTOR, not readonly)
         self._sync_writes = False
         self._complained = False
         self.queue_count = queues
@@ -209,9 +212,6 @@ class BlkModel(Model):
         """One for each queue; none for a class of somebody's own, which may do anything otherwise."""
         if not self._native or type(self) is not BlkModel:
             return None
-        if self._memory is None and self._medium == "resident":
-            with contextlib.suppress(OSError):  # then by system calls: it is small, or larger than all addresses
-                self._memory = BlkMemory(self._fd, self.capacity * SECTOR, not self._readonly)
         if index not in self._engines:
             self._engines[index] = BlkEngine(
                 index,

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
+from ...engines import Engine
 from ...flags import Feature
 from ...netdev import HEADER, Netdev
 from ...virtio.config import parse_mac
@@ -22,7 +23,7 @@ from ..options import check_options, parse_count
 from ..sources import Sources
 from .control import LONGEST_COMMAND, Control
 from .exchange import Exchange
-from .loop import Loopback
+from .loop import RULES, Loopback
 from .wires import OPTIONS, open_wire
 
 MOST_PAIRS = 64
@@ -93,8 +94,12 @@ class NetModel(Model):
         wire: Netdev | None = None,
         up: bool = True,
         speed: int = 0,
+        rule: str = "loop",
+        threads: int = 1,
     ) -> None:
-        """*mac* is six bytes, *mtu* in bytes without the Ethernet header, *speed* in Mbit/s, 0 if not told. Without a *wire* frames come back."""
+        """*mac* is six bytes, *mtu* in bytes without the Ethernet header, *speed* in Mbit/s, 0 if not told.
+
+        Without a *wire* frames come back by *rule* (``loop.RULES``), on that many *threads*, 0 for none of an engine's."""
         self.mtu = mtu
         self.pairs = pairs
         self.queue_count = 2 * pairs + 1
@@ -102,7 +107,8 @@ class NetModel(Model):
         self.up = up
         """Whether the device is plugged in; ``plug`` changes it."""
         self.control = Control(mac, pairs)
-        self.path: DataPath = Loopback(self.control)
+        self.path: DataPath = Loopback(self.control, rule)
+        self.threads = threads if wire is None and type(self) is NetModel else 0
         if wire is not None:
             self.sources = Sources()
             self.path = Exchange(wire, self.sources, self.control, self._link_changed)
@@ -119,7 +125,7 @@ class NetModel(Model):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:
-        """``mac=52:54:00:12:34:56``, ``mtu=1500``, ``pairs=N``, ``link=down``, ``speed=MBITS``, and a wire (``wires.OPTIONS``)."""
+        """``mac=52:54:00:12:34:56``, ``mtu=1500``, ``pairs=N``, ``link=down``, ``speed=MBITS``, and a wire (``wires.OPTIONS``) or ``rule=echo`` and ``threads=N``."""
         return cls._make(options)
 
     @classmethod
@@ -136,7 +142,7 @@ class NetModel(Model):
 
     @classmethod
     def _make(cls, options: Mapping[str, str], wire: Netdev | None = None) -> Self:
-        check_options("net", options, ("mac", "mtu", "pairs", "link", "speed", *OPTIONS))
+        check_options("net", options, ("mac", "mtu", "pairs", "link", "speed", "rule", "threads", *OPTIONS))
         mac = parse_mac(options.get("mac", DEFAULT_MAC))
         if mac[0] & 1:
             raise ValueError(f"mac={options['mac']} is a group address, which no device has")
@@ -145,9 +151,14 @@ class NetModel(Model):
         speed = parse_count("speed", options.get("speed", "0"), 0, (1 << 31) - 1)
         if (link := options.get("link", "up")) not in ("up", "down"):
             raise ValueError(f"link={link}; it is up or down")
+        if (rule := options.get("rule", "loop")) not in RULES:
+            raise ValueError(f"rule={rule}; it is {', '.join(RULES)}")
+        threads = parse_count("threads", options.get("threads", "1"), 0, pairs)
+        if options.keys() & {"rule", "threads"} and options.keys() & set(OPTIONS):
+            raise ValueError("rule= and threads= are for devices without a wire")
         wire = wire or open_wire(options, pairs, mtu)
         mtu = mtu or (wire.mtu if wire is not None else 0) or DEFAULT_MTU
-        return cls(mac, mtu, pairs, wire=wire, up=link == "up", speed=speed)
+        return cls(mac, mtu, pairs, wire=wire, up=link == "up", speed=speed, rule=rule, threads=threads)
 
     @property
     def mac(self) -> bytes:
@@ -183,6 +194,12 @@ class NetModel(Model):
         self.control.announce = False
         self._inherited = {}
         self.path.stop()
+
+    def engine(self, index: int) -> Engine | None:
+        """One for each queue pair, where there is no wire."""
+        if not self.threads or index >= self._ctrl or not isinstance(self.path, Loopback):
+            return None
+        return self.path.engine(index // 2, index // 2 % self.threads)
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of one queue."""
