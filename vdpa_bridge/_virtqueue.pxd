@@ -197,6 +197,14 @@ cdef extern from "load_blk.h" nogil:
     int load_blk_run(load_blk *load, uint64_t slice)
     void load_blk_sweep(load_blk *load)
 
+cdef extern from "vq_poll.h" nogil:
+    enum: VQ_POLL_MAX
+    struct vq_poll_t "vq_poll":
+        uint64_t window
+    vq_poll_t vq_poll_begin(uint64_t budget)
+    uint64_t vq_poll_look(vq_poll_t *poll, vq_device **queues, size_t count)
+    void vq_poll_slept(vq_poll_t *poll, uint64_t nanoseconds)
+
 cdef extern from "load_net.h" nogil:
     enum: LOAD_NET_SHORTEST, LOAD_NET_BATCH
     enum load_net_mode:
@@ -313,6 +321,11 @@ cdef class BlkLoad:
 cdef class NetLoad:
     cdef Slots outgoing, incoming
     cdef load_net core
+
+
+@cython.final
+cdef class Poll:
+    cdef vq_poll_t core
 
 
 @cython.final

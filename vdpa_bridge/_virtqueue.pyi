@@ -302,6 +302,25 @@ class Slots(Generic[_T]):
     def idle(self) -> int:
         """Slots that can be added."""
 
+@final
+class Poll:
+    """Looks at rings for a while instead of sleeping, at most `budget` nanoseconds at a time, and less the less it helps.
+
+    Synchronization: as for the queues, which nobody else uses meanwhile.
+    """
+
+    def __new__(cls, budget: int) -> Self: ...
+    def look(self, queues: list[DeviceQueue]) -> list[DeviceQueue]:
+        """Spin, without the GIL, until one of (the first 64 of) `queues` has a new chain; those that have one, or are broken.
+
+        Kicks are enabled before and after. Queues that hold chains from the start are not looked at.
+        """
+    def slept(self, nanoseconds: int) -> None:
+        """A kick came after sleeping so long."""
+    @property
+    def window(self) -> int:
+        """How long the next look takes at most, in nanoseconds."""
+
 KICK: int
 CALL: int
 AGAIN: int

@@ -469,5 +469,6 @@ def ring_layout(num, table_entries=0, bint packed=False):
     return layout.desc, layout.avail, layout.used, layout.tables, layout.size
 
 
+include "_virtqueue_poll.pxi"
 include "_virtqueue_relay.pxi"
 include "_virtqueue_engine.pxi"

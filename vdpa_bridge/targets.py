@@ -40,6 +40,7 @@ from .backends.vhost_vsock import VhostVsock
 from .device import Device
 from .errors import ProtocolError
 from .models import Model, ModelCode, make_model
+from .models.options import parse_duration
 from .system.vdpa_bus import bus_device, bus_devices, has_bus
 from .virtio.config import parse_mac
 from .virtio.ids import parse_device_id
@@ -113,7 +114,7 @@ class Target:
         if self.scheme == "model":
             if self.model is None:
                 made, self._made = self._made or self._make_model(), None
-                self.model = ModelDevice(made, self.name or self.text)
+                self.model = ModelDevice(made, self.name or self.text, parse_duration("poll", self.options.get("poll", "off")))
             return self.model.open()
         if self.scheme == "child":
             if self._child is not None and self._child.ended:
@@ -155,9 +156,14 @@ class Target:
 
     def _make_model(self) -> Model:
         if not ModelCode.names(self.place):
-            return make_model(self.place, self.options)
+            return make_model(self.place, self._own)
         self._code = ModelCode(self.place)
-        return self._code.load().from_options(self.options)
+        return self._code.load().from_options(self._own)
+
+    @property
+    def _own(self) -> dict[str, str]:
+        """The model's own options, without those that all models have."""
+        return {key: value for key, value in self.options.items() if key != "poll"}
 
     def reload(self) -> str:
         """Put newer code of an open model in its place, if its file has changed; what was done, empty if nothing.
@@ -168,7 +174,7 @@ class Target:
         if self._code is None or self.model is None or not self._code.changed:
             return ""
         kind = self._code.load()
-        self.model.replace(lambda old: kind.succeed(old, self.options))
+        self.model.replace(lambda old: kind.succeed(old, self._own))
         return f"{self.place} was loaded again"
 
     def refresh(self) -> str:

@@ -65,10 +65,11 @@ class ModelDevice:
     on_broken: Callable[[int, str], None] = staticmethod(lambda index, why: None)
     """Called when a ring broke, with the lock held."""
 
-    def __init__(self, model: Model, name: str) -> None:
+    def __init__(self, model: Model, name: str, poll: int = 0) -> None:
+        """*poll* is how many nanoseconds rings are looked at before the thread sleeps, at most."""
         self.model = model
         self.name = name
-        self.runner = Runner(model, name)
+        self.runner = Runner(model, name, poll)
         self._busy = threading.Lock()
         self._session: ModelBackend | None = None
         model.config_changed = self._config_changed

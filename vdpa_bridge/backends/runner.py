@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 
 from ..engines import Engine, Gate
@@ -21,7 +22,7 @@ from ..eventfd import EventFd
 from ..memory import PAGE
 from ..models.base import Model
 from ..models.sources import Sources
-from ..virtqueue import Chain, DeviceQueue
+from ..virtqueue import Chain, DeviceQueue, Poll
 from .workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ class Runner:
     Synchronization: everything public is called with *lock* held.
     """
 
-    def __init__(self, model: Model, name: str) -> None:
+    def __init__(self, model: Model, name: str, poll: int = 0) -> None:
+        """*poll*: nanoseconds that rings are looked at before the thread sleeps, at most."""
+        self._poll = Poll(poll) if poll else None
         self.lock = Gate()
         self.broken: Callable[[int, str], None] = lambda index, why: None
         self.missed: Callable[[], None] = lambda: None
@@ -296,7 +299,11 @@ class Runner:
 
     def _run(self) -> None:
         wake = self._wake
+        served = False
         while True:
+            if served and self._poll is not None:
+                self._linger(self._poll)
+            began = time.monotonic_ns()
             events = self._epoll.poll(0 if self._pending and not self._rests else -1)
             with self.lock:
                 if self._closing:
@@ -304,7 +311,10 @@ class Runner:
                 kicked = {fd for fd, _ in events}
                 if wake in kicked:
                     os.eventfd_read(wake)
+                elif self._poll is not None and not self._pending:
+                    self._poll.slept(time.monotonic_ns() - began)
                 self._pending.update(i for i, ring in self.rings.items() if ring.kick is not None and ring.kick.fd in kicked)
+                served = bool(self._pending)
                 if not self._rests:
                     self._serve_pending()
                     if (sources := self.model.sources) is not None and sources.fileno() in kicked and (self.running or sources.idle):
@@ -313,6 +323,14 @@ class Runner:
                 signals, self._signals = self._signals, []
             for event in signals:
                 event.signal()
+
+    def _linger(self, poll: Poll) -> None:
+        """Look at the rings for a while, as whoever has just been served may have more. Who waits for the lock waits as long."""
+        with self.lock:
+            if self._pending or self._rests:
+                return
+            rings = {ring.queue: index for index, ring in self.rings.items() if ring.engine is None and ring.kick is not None}
+            self._pending.update(rings[queue] for queue in poll.look(list(rings)))
 
     def _serve_pending(self) -> None:
         ready, self._pending = self._pending, set()

@@ -23,6 +23,15 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def parse_duration(name: str, text: str) -> int:
+    """Nanoseconds of ``50us``, ``1ms``, at most 10 ms; 0 for ``off``."""
+    match = re.fullmatch(r"(\d{1,5})(us|ms)", text)
+    length = int(match[1]) * (1000 if match[2] == "us" else 1_000_000) if match else 0 if text in ("off", "0") else -1
+    if not 0 <= length <= 10_000_000:
+        raise ValueError(f"{name}={text}; it is off, or a time up to 10ms, such as 50us")
+    return length
+
+
 def parse_switch(name: str, text: str) -> bool:
     """True for on, yes, true, 1; False for off, no, false, 0."""
     if text.lower() in ("on", "yes", "true", "1"):
