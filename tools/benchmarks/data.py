@@ -13,17 +13,22 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 from disks import clients, file_disks, null_disks
+from insides import memory, python, rings
+from nics import back_ends, drivers
 from report import deliver, verdict
 from rows import Row, Span, goals, say, trusted
 
 Part = Callable[[Span, tuple[int, int], dict[str, str]], Iterator[Row]]
 PARTS: dict[str, tuple[Part, ...]] = {
     "blk": (null_disks, file_disks),
-    "drivers": (clients,),
+    "net": (back_ends,),
+    "drivers": (clients, drivers),
+    "rings": (rings,),
+    "python": (python,),
+    "memory": (memory,),
 }
 QUICK, FULL = Span(0.4, 0.1, 3), Span(1.0, 0.2, 5)
 
@@ -36,7 +41,13 @@ def _cpu() -> str:
 def measure(parts: list[str], span: Span, cpus: tuple[int, int]) -> dict[str, Any]:
     """All figures."""
     left_out: dict[str, str] = {}
-    rows = list(chain.from_iterable(part(span, cpus, left_out) for name in parts for part in PARTS[name]))
+    rows: list[Row] = []
+    for name in parts:
+        for part in PARTS[name]:
+            try:
+                rows += part(span, cpus, left_out)
+            except SystemExit as error:
+                left_out[f"what comes of {part.__module__}.{part.__name__}"] = str(error)
     machine = {"cpu": _cpu(), "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release(), "python": platform.python_version()}
     return {"machine": machine, "span": asdict(span), "pinned": cpus, "rows": rows, "left_out": left_out, "goals": [asdict(goal) for goal in goals(rows)]}
 

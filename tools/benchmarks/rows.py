@@ -139,13 +139,14 @@ class Servers(contextlib.ExitStack):
         self._cpu, self._left_out = cpu, left_out
         self.pids: dict[str, int] = {}
 
-    def start(self, name: str, command: list[str], path: Path) -> None:
-        """Start one that listens on *path*."""
+    def start(self, name: str, command: list[str], path: Path) -> int:
+        """Start one that listens on *path*: its pid, 0 for none."""
         try:
             process = self.enter_context(running(["taskset", "-c", str(self._cpu), *command], path))
         except SystemExit as error:
             if name == OURS:
                 raise
             self._left_out[name] = str(error)
-        else:
-            self.pids[name] = process.pid
+            return 0
+        self.pids[name] = process.pid
+        return process.pid
