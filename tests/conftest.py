@@ -168,8 +168,19 @@ def belongings() -> Counter[str]:
     return things
 
 
+def _standard() -> list[tuple[int, int]]:
+    """Which files stdin, stdout and stderr are: nobody but the owner of descriptors 0 to 2 may have closed them."""
+    return [(found.st_dev, found.st_ino) for found in map(os.fstat, range(3))]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def standard() -> list[tuple[int, int]]:
+    """As they were at first."""
+    return _standard()
+
+
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+def leaves_nothing_behind(request: pytest.FixtureRequest, standard: list[tuple[int, int]]) -> Iterator[None]:
     """Fails a test after which there is more than before. A peer in a thread gets a moment to notice the end."""
     if "place" in request.fixturenames:
         request.getfixturevalue("place")  # the home itself stays
@@ -179,3 +190,4 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     while (more := belongings() - before) and time.monotonic() < deadline:
         time.sleep(0.005)
     assert not more, f"left behind: {dict(more)}"
+    assert _standard() == standard, "the test closed stdin, stdout or stderr"

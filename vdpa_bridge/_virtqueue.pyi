@@ -410,6 +410,8 @@ class BlkMemory:
 
     def __new__(cls, file: int, size: int, writable: bool) -> Self:
         """Its first *size* bytes. OSError as mmap has it."""
+    def close(self) -> None:
+        """Unmap it, once no engine serves a queue any more. Harmless when done before."""
     def forget(self, offset: int, length: int) -> None:
         """The file may have holes there, or have them no more."""
 

@@ -132,6 +132,9 @@ cdef class BlkMemory:
     def __dealloc__(self):
         blk_memory_destroy(&self.memory)
 
+    def close(self):
+        blk_memory_destroy(&self.memory)
+
     def forget(self, uint64_t offset, uint64_t length):
         blk_memory_forget(&self.memory, offset, length)
 
@@ -140,6 +143,7 @@ cdef class BlkMemory:
 cdef class BlkEngine(Engine):
     cdef blk_engine blk
     cdef BlkMemory memory
+    cdef bint made
 
     def __init__(self, Py_ssize_t index, int file, object capacity, *, object medium="cached", BlkMemory memory=None, int direct=-1, uint32_t align=512,
                  bint readonly=False, bint stable_writes=False, bint io_uring=True, uint32_t depth=128, object thread=0):
@@ -154,13 +158,17 @@ cdef class BlkEngine(Engine):
         config.medium, config.file, config.direct, config.align, config.depth = names[medium], file, direct, align, depth
         config.readonly, config.uring, self.memory = readonly, io_uring, memory
         config.memory = NULL if memory is None else &memory.memory
+        if self.made:
+            raise TypeError("an engine is made once")
         if blk_engine_init(&self.blk, &config):
             raise MemoryError
+        self.made = True
         self.blk.capacity, self.blk.stable_writes = capacity, stable_writes
         self.set_up(&self.blk.engine, index, 1, thread)
 
     def __dealloc__(self):
-        blk_engine_destroy(&self.blk)
+        if self.made:  # else its descriptors are none of ours: all zeroes would be stdin
+            blk_engine_destroy(&self.blk)
 
     @property
     def capacity(self):

@@ -258,7 +258,9 @@ class BlkModel(Model):
         """Close the file."""
         super().close()
         self._engines.clear()
-        self._memory = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
         for fd in (self._fd, self._direct):
             if fd >= 0:
                 os.close(fd)
