@@ -212,6 +212,17 @@ def test_memory_has_another_size_too(folder: Path) -> None:
             monitor.ask("block_resize", device="a", size=3 * MIB)
             assert driver.refresh().capacity == 3 * MIB // 512
             assert driver.read(0, 3 * MIB) == b"k" * MIB + bytes(2 * MIB)
+            driver.write(0, b"m" * 3 * MIB)
+            monitor.ask("block_resize", device="a", size=MIB // 2 + 512)
+            assert driver.refresh().capacity == MIB // 1024 + 1
+            driver.write(MIB // 2, b"n" * 512)
+            with pytest.raises(OSError, match="I/O error"):
+                driver.read(MIB, 512, unchecked=True)
+            monitor.ask("block_resize", device="a", size=2 * MIB)
+            driver.refresh()
+            assert driver.read(0, 2 * MIB) == b"m" * (MIB // 2) + b"n" * 512 + bytes(2 * MIB - MIB // 2 - 512)
+            driver.write(MIB, b"o" * MIB)
+            assert driver.read(MIB, MIB) == b"o" * MIB
         server.end()
 
 

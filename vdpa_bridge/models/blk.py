@@ -245,6 +245,8 @@ class BlkModel(Model):
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             raise ValueError("it is a block device, whose size others change; reload takes it anew")
         os.ftruncate(self._fd, size)
+        if self._memory is not None:
+            self._memory.forget(min(size, self.capacity * SECTOR), abs(size - self.capacity * SECTOR))
         return self.refresh()
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
