@@ -146,15 +146,24 @@ def test_address_of_the_target(tap: str) -> None:
 
 
 def test_targets_that_cannot_be(tap: str) -> None:
-    """A tap that others use, one with several queues; each time with what to do."""
+    """A tap that others use, an interface that is none; each time with what to do."""
     with connect(f"vhost-net:{tap}"), pytest.raises(OSError, match="another process is attached") as refused:
         connect(f"vhost-net:{tap}")
     assert refused.value.errno == errno.EBUSY
+    with pytest.raises(OSError, match="no tap, or one without several queues"):
+        connect("vhost-net:lo")
+
+
+def test_a_queue_of_a_tap_with_several(tap: str) -> None:
+    """One of them is enough, for as long as nobody has the others."""
     ip("link", "delete", "dev", tap)
     ip("tuntap", "add", "dev", tap, "mode", "tap", "multi_queue")
-    for name in (tap, "lo"):
-        with pytest.raises(OSError, match="no tap, or one with several queues"):
-            connect(f"vhost-net:{name}")
+    ip("link", "set", "dev", tap, "up")
+    with connect(f"vhost-net:{tap}") as device, NetDriver(device) as nic, taps.wire(tap) as wire:
+        nic.send(frames(1)[0])
+        while (frame := wire.recv(2048))[12:14] != b"\x88\xb5":
+            pass
+        assert frame == frames(1)[0]
 
 
 def test_tap_for_the_time_of_a_session(tap: str) -> None:
