@@ -58,7 +58,7 @@ def port(path: str, serve: Callable[[socket.socket], object]) -> Iterator[None]:
     threads: list[threading.Thread] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
-        listener.listen(64)
+        listener.listen(256)  # more than come at a time: who finds no room is reset, as on any host
 
         def one(sock: socket.socket) -> None:
             with sock:
