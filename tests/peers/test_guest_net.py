@@ -170,7 +170,7 @@ def test_guest_on_a_tap_with_two_queues(short_dir: Path, file: bytes, seen: Seen
 
 def test_guest_with_user_networking(short_dir: Path, file: bytes, seen: Seen) -> None:
     """passt gives an address, and takes the guest to a server on this machine's loopback. (Ports that Debian 12's passt forwards
-    are open, but what the guest answers does not arrive: with QEMU's own -netdev stream neither.)"""
+    are open, but what the guest answers does not arrive.)"""
     script = """
         ip link set eth0 up
         udhcpc -i eth0 -n -q -f -t 10 -s /lease || exit 1
