@@ -157,6 +157,25 @@ cdef extern from "pattern.h" nogil:
     pattern_report pattern_check(const void *data, size_t bytes, uint64_t sector, uint64_t generation, uint64_t seed)
     int pattern_describe(const pattern_report *report, char *text, size_t size)
 
+cdef extern from "gate.h" nogil:
+    struct gate:
+        pass
+    int gate_init(gate *g)
+    void gate_destroy(gate *g)
+    bint gate_try(gate *g)
+    void gate_hold(gate *g)
+    void gate_release(gate *g)
+    void gate_await(gate *g, bint waiting)
+
+cdef extern from "vq_poll.h" nogil:
+    enum: VQ_POLL_MAX
+    uint64_t VQ_POLL_ALWAYS
+    struct vq_poll_t "vq_poll":
+        uint64_t budget, window
+    vq_poll_t vq_poll_begin(uint64_t budget)
+    uint64_t vq_poll_look(vq_poll_t *poll, const gate *g, vq_device **queues, size_t count)
+    void vq_poll_slept(vq_poll_t *poll, uint64_t nanoseconds)
+
 cdef extern from "load.h" nogil:
     int LOAD_STATE_MORE "LOAD_MORE", LOAD_STATE_DONE "LOAD_DONE", LOAD_STATE_SILENT "LOAD_SILENT"
     int LOAD_STATE_BROKEN "LOAD_BROKEN", LOAD_STATE_FAILED "LOAD_FAILED", LOAD_STATE_ERRNO "LOAD_ERRNO"
@@ -167,7 +186,8 @@ cdef extern from "load.h" nogil:
         uint16_t index
     struct load_pace:
         uint64_t interval, goal, patience
-        bint poll, stopping
+        vq_poll_t poll
+        bint stopping
 
 cdef extern from "load_blk.h" nogil:
     struct load_blk_config:
@@ -196,14 +216,6 @@ cdef extern from "load_blk.h" nogil:
     void load_blk_destroy(load_blk *load)
     int load_blk_run(load_blk *load, uint64_t slice)
     void load_blk_sweep(load_blk *load)
-
-cdef extern from "vq_poll.h" nogil:
-    enum: VQ_POLL_MAX
-    struct vq_poll_t "vq_poll":
-        uint64_t window
-    vq_poll_t vq_poll_begin(uint64_t budget)
-    uint64_t vq_poll_look(vq_poll_t *poll, vq_device **queues, size_t count)
-    void vq_poll_slept(vq_poll_t *poll, uint64_t nanoseconds)
 
 cdef extern from "load_net.h" nogil:
     enum: LOAD_NET_SHORTEST, LOAD_NET_BATCH
@@ -326,6 +338,13 @@ cdef class NetLoad:
 @cython.final
 cdef class Poll:
     cdef vq_poll_t core
+
+
+@cython.final
+cdef class Gate:
+    cdef gate core
+    cdef object lock
+    cdef uint32_t depth
 
 
 @cython.final

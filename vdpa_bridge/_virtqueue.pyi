@@ -18,6 +18,7 @@ from ._virtqueue_load import LOAD_DONE as LOAD_DONE
 from ._virtqueue_load import LOAD_FAILED as LOAD_FAILED
 from ._virtqueue_load import LOAD_MORE as LOAD_MORE
 from ._virtqueue_load import LOAD_SILENT as LOAD_SILENT
+from ._virtqueue_load import POLL_ALWAYS as POLL_ALWAYS
 from ._virtqueue_load import SHORTEST_FRAME as SHORTEST_FRAME
 from ._virtqueue_load import BlkLoad as BlkLoad
 from ._virtqueue_load import Histogram as Histogram
@@ -310,8 +311,9 @@ class Poll:
     """
 
     def __new__(cls, budget: int) -> Self: ...
-    def look(self, queues: list[DeviceQueue]) -> list[DeviceQueue]:
-        """Spin, without the GIL, until one of (the first 64 of) `queues` has a new chain; those that have one, or are broken.
+    def look(self, queues: list[DeviceQueue], gate: Gate) -> list[DeviceQueue]:
+        """Spin, without the GIL, until one of (the first 64 of) `queues` has a new chain, or somebody waits for `gate`, which is held; those
+        that have one, or are broken.
 
         Kicks are enabled before and after. Queues that hold chains from the start are not looked at.
         """
@@ -464,7 +466,8 @@ class NetEngine(Engine):
 class Loop:
     """A thread's worth of engines of one device. Synchronization: with the gate held, `run` excepted."""
 
-    def __new__(cls, gate: Gate) -> Self: ...
+    def __new__(cls, gate: Gate, budget: int = 50_000) -> Self:
+        """It looks for work for *budget* nanoseconds before it sleeps, or for less (``Poll``)."""
     def run(self) -> Engine | None:
         """Serve until an engine needs its model, which is left alone until `look`; None once closed. Without the gate, in one thread."""
     def attach(self, engine: Engine, index: int, queue: DeviceQueue, kick: int = -1, call: int = -1) -> None:
@@ -484,3 +487,6 @@ class Loop:
         """Let `run` return None."""
     def free(self) -> None:
         """Give its descriptors back, after `run` has returned None; harmless when done before."""
+    @property
+    def budget(self) -> int:
+        """Nanoseconds."""

@@ -3,15 +3,6 @@
 
 from threading import RLock
 
-cdef extern from "gate.h" nogil:
-    struct gate:
-        pass
-    int gate_init(gate *g)
-    void gate_destroy(gate *g)
-    bint gate_try(gate *g)
-    void gate_hold(gate *g)
-    void gate_release(gate *g)
-
 cdef extern from "engine.h" nogil:
     enum: ENGINE_RINGS
     struct engine_ring:
@@ -26,8 +17,9 @@ cdef extern from "engine.h" nogil:
         int fd
         uint32_t in_flight
     struct loop:
+        vq_poll_t poll
         bint paused, closing
-    int loop_init(loop *l, gate *g)
+    int loop_init(loop *l, gate *g, uint64_t budget)
     void loop_destroy(loop *l)
     int loop_add(loop *l, engine *e)
     void loop_remove(loop *l, engine *e)
@@ -73,9 +65,6 @@ cdef extern from "net_engine.h" nogil:
 
 @cython.final
 cdef class Gate:
-    cdef gate core
-    cdef object lock
-    cdef uint32_t depth
 
     def __cinit__(self):
         self.lock = RLock()
@@ -86,7 +75,12 @@ cdef class Gate:
         gate_destroy(&self.core)
 
     def __enter__(self):
-        self.lock.acquire()
+        if not self.lock.acquire(False):
+            gate_await(&self.core, True)
+            try:
+                self.lock.acquire()
+            finally:
+                gate_await(&self.core, False)
         if self.depth == 0 and not gate_try(&self.core):
             with nogil:
                 gate_hold(&self.core)
@@ -215,8 +209,8 @@ cdef class Loop:
     cdef dict engines
     cdef bint made
 
-    def __cinit__(self, Gate gate not None):
-        cdef int error = -loop_init(&self.core, &gate.core)
+    def __cinit__(self, Gate gate not None, uint64_t budget=50000):
+        cdef int error = -loop_init(&self.core, &gate.core, budget)
         if error:
             raise OSError(error, strerror(error))
         self.gate, self.engines, self.made = gate, {}, True
@@ -286,3 +280,7 @@ cdef class Loop:
     def close(self):
         self.core.closing = True
         loop_look(&self.core, NULL)
+
+    @property
+    def budget(self):
+        return self.core.poll.budget

@@ -4,6 +4,7 @@
 
 LOAD_MORE, LOAD_DONE, LOAD_SILENT = LOAD_STATE_MORE, LOAD_STATE_DONE, LOAD_STATE_SILENT
 LOAD_BROKEN, LOAD_FAILED = LOAD_STATE_BROKEN, LOAD_STATE_FAILED
+POLL_ALWAYS = VQ_POLL_ALWAYS
 SHORTEST_FRAME, LARGEST_BATCH = LOAD_NET_SHORTEST, LOAD_NET_BATCH
 
 
@@ -85,10 +86,10 @@ cdef load_ring ring_of(DriverQueue queue, int kick, int call, uintptr_t doorbell
     return load_ring(&queue.vq, kick, call, <void *> doorbell, index)
 
 
-cdef load_pace pace_of(object interval, object goal, object patience, object poll) except *:
+cdef load_pace pace_of(object interval, object goal, object patience, uint64_t poll) except *:
     cdef load_pace pace
     memset(&pace, 0, sizeof(pace))
-    pace.interval, pace.goal, pace.patience, pace.poll = interval, goal, patience, poll
+    pace.interval, pace.goal, pace.patience, pace.poll = interval, goal, patience, vq_poll_begin(poll)
     return pace
 
 
@@ -102,7 +103,7 @@ cdef object state_of(int state, int number):
 cdef class BlkLoad:
     def __cinit__(
         self, DriverQueue queue not None, int kick, int call, uintptr_t doorbell, uint16_t index, uintptr_t address, uint64_t iova,
-        *, depth, block, segment, first, blocks, reads, random, verify, seed, interval=0, goal=0, patience, poll=False, object owner=None,
+        *, depth, block, segment, first, blocks, reads, random, verify, seed, interval=0, goal=0, patience, poll=0, object owner=None,
     ):
         cdef load_blk_config config
         cdef int error
@@ -180,7 +181,7 @@ cdef int in_use(Slots slots, uint32_t most) except -1:
 cdef class NetLoad:
     def __cinit__(
         self, Slots outgoing not None, Slots incoming not None, sender, receiver,
-        *, mode, header, frame, room, batch, window, linger, seed, interval=0, goal=0, patience, poll=False,
+        *, mode, header, frame, room, batch, window, linger, seed, interval=0, goal=0, patience, poll=0,
     ):
         cdef load_net_config config
         memset(&config, 0, sizeof(config))

@@ -15,6 +15,8 @@ LOAD_SILENT: int
 LOAD_BROKEN: int
 LOAD_FAILED: int
 """How a load generator stands after a slice: see userspace/include/load.h."""
+POLL_ALWAYS: int
+"""As *poll*: never sleep."""
 SHORTEST_FRAME: int
 """Bytes of the shortest frame that `NetLoad` can stamp."""
 LARGEST_BATCH: int
@@ -59,7 +61,7 @@ class BlkLoad:
     def __new__(
         cls, queue: DriverQueue[_T], kick: int, call: int, doorbell: int, index: int, address: int, iova: int,
         *, depth: int, block: int, segment: int, first: int, blocks: int, reads: int, random: bool, verify: bool, seed: int,
-        interval: int = 0, goal: int = 0, patience: int, poll: bool = False, owner: object = None,
+        interval: int = 0, goal: int = 0, patience: int, poll: int = 0, owner: object = None,
     ) -> Self:
         """Blocks of `block` bytes, in buffers of `segment` at most, from sector `first` on; `reads` of 100 are reads. A request is due each
         `interval` nanoseconds (0: at once), `goal` in all (0: no end); `patience` nanoseconds without an answer are too many.
@@ -102,7 +104,7 @@ class NetLoad:
     def __new__(
         cls, outgoing: Slots[_T], incoming: Slots[_T], sender: tuple[int, int, int, int], receiver: tuple[int, int, int, int],
         *, mode: int, header: int, frame: int, room: int, batch: int, window: int, linger: int, seed: int,
-        interval: int = 0, goal: int = 0, patience: int, poll: bool = False,
+        interval: int = 0, goal: int = 0, patience: int, poll: int = 0,
     ) -> Self:
         """`mode` 1 sends, 2 receives, 3 waits for what it sent. `header` bytes of virtio_net_hdr before `frame` bytes; receive buffers have
         `room` bytes. `window`: frames that may be out and not back; `linger`: nanoseconds after which they are lost. Others: see `BlkLoad`.

@@ -6,7 +6,7 @@ cdef class Poll:
     def __cinit__(self, uint64_t budget):
         self.core = vq_poll_begin(budget)
 
-    def look(self, list queues not None):
+    def look(self, list queues not None, Gate gate not None):
         cdef vq_device *at[VQ_POLL_MAX]
         cdef size_t count = min(len(queues), <size_t> VQ_POLL_MAX), i
         cdef DeviceQueue queue
@@ -17,7 +17,7 @@ cdef class Poll:
         for queue in queues:
             queue.memory.busy += 1
         with nogil:
-            due = vq_poll_look(&self.core, at, count)
+            due = vq_poll_look(&self.core, &gate.core, at, count)
         for queue in queues:
             queue.memory.busy -= 1
         return [queues[i] for i in range(count) if due >> i & 1]

@@ -114,7 +114,8 @@ class Target:
         if self.scheme == "model":
             if self.model is None:
                 made, self._made = self._made or self._make_model(), None
-                self.model = ModelDevice(made, self.name or self.text, parse_duration("poll", self.options.get("poll", "off")))
+                poll = parse_duration("poll", self.options["poll"]) if "poll" in self.options else None
+                self.model = ModelDevice(made, self.name or self.text, poll)
             return self.model.open()
         if self.scheme == "child":
             if self._child is not None and self._child.ended:

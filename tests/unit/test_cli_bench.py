@@ -58,6 +58,16 @@ def test_net_as_json(packed: tuple[str, ...]) -> None:
     assert found["latency_us"]["p50"] > 0
 
 
+@pytest.mark.parametrize("kind", [("blk", DISK), ("net", "model:net", "--mode", "echo")])
+def test_polling_for_a_while(kind: tuple[str, ...]) -> None:
+    found = facts(*kind, "--count", "2000", "--poll-for", "50us")
+    assert (found["poll"], found["poll_for"]) == (False, 50e-6)
+    assert "polled for 50 us, then woken by calls" in run(*kind, "--count", "100", "--poll-for", "50us").output
+    refused = run(*kind, "--count", "1", "--poll-for", "1s")
+    assert refused.exit_code == 2
+    assert "--poll-for=1s; it is off, or a time up to 10ms" in refused.output
+
+
 def test_net_as_a_table() -> None:
     result = run("net", "model:net", "--count", "100", "--mode", "echo")
     assert result.exit_code == 0, result.output

@@ -13,6 +13,7 @@
 
 #include "gate.h"
 #include "virtqueue.h"
+#include "vq_poll.h"
 
 enum { ENGINE_RINGS = 2, ENGINE_BATCH = 64, LOOP_ENGINES = 256 };
 
@@ -65,23 +66,19 @@ void engine_put_back(struct engine_ring *ring, size_t first, size_t count);
 int engine_arm(struct engine *engine);
 void engine_disarm(struct engine *engine);
 
-/*
- * A thread's worth of engines. While requests come in quick succession a loop looks for them itself; it goes to sleep after
- * `patience` without any, and at once when looking was in vain lately.
- */
+/* A thread's worth of engines. While requests come in quick succession a loop looks for them itself, as its `poll` has it. */
 struct loop {
 	struct gate *gate;
 	struct gate_member member;
 	int epoll, wake;
 	struct engine *engines[LOOP_ENGINES];
 	uint32_t count; /* slots in use, empty ones between them included */
-	uint64_t patience; /* ns */
-	uint32_t skip, misses; /* sleeps before looking again is tried; how often in a row it was in vain */
+	struct vq_poll poll;
 	bool paused, closing;
 };
 
-/* 0 or -errno. Both while the gate is held, as all that follows but loop_run. */
-int loop_init(struct loop *loop, struct gate *gate);
+/* It looks for `budget` ns at most. 0 or -errno. Both while the gate is held, as all that follows but loop_run. */
+int loop_init(struct loop *loop, struct gate *gate, uint64_t budget);
 void loop_destroy(struct loop *loop);
 
 /* An engine comes in, and is looked at; 0, -ENOSPC, or epoll's error. */

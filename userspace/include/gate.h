@@ -23,6 +23,7 @@ struct gate_member {
 
 struct gate {
 	_Atomic uint32_t wanted, inside, aside;
+	_Atomic uint32_t awaiting; /* who wants to be the next holder */
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	struct gate_member *members;
@@ -54,5 +55,16 @@ void gate_signal(struct gate_member *member, int eventfd);
 bool gate_try(struct gate *gate);
 void gate_hold(struct gate *gate);
 void gate_release(struct gate *gate);
+
+/* A holder that is in no hurry looks whether somebody waits for it to be done, who says so before and after. */
+static inline bool gate_awaited(const struct gate *gate)
+{
+	return atomic_load_explicit(&gate->awaiting, memory_order_relaxed);
+}
+
+static inline void gate_await(struct gate *gate, bool waiting)
+{
+	atomic_fetch_add_explicit(&gate->awaiting, waiting ? 1 : UINT32_MAX, memory_order_relaxed);
+}
 
 #endif

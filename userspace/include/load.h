@@ -17,6 +17,7 @@
 
 #include "histogram.h"
 #include "virtqueue.h"
+#include "vq_poll.h"
 
 enum load_state {
 	LOAD_MORE, /* the slice is over */
@@ -40,16 +41,13 @@ struct load_pace {
 	uint64_t next; /* when the next one is due */
 	uint64_t goal; /* how many in all; 0: until stopped */
 	uint64_t patience; /* nanoseconds without anything coming back, while something is with the device */
-	bool poll; /* look at the ring instead of sleeping */
+	struct vq_poll poll; /* how long to look at the ring before sleeping */
 	_Atomic bool stopping; /* start nothing new */
 };
 
 static inline uint64_t load_now(void)
 {
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return vq_poll_clock();
 }
 
 /* How many of at most `most` may start, of which `started` did before. */
@@ -72,9 +70,10 @@ static inline uint64_t load_due(const struct load_pace *pace, uint64_t now, uint
 enum load_state load_publish(const struct load_ring *ring);
 
 /*
- * Asks `count` rings for calls and sleeps until one comes or `until`. Returns at once when something is there already.
+ * Asks `count` rings for calls and sleeps until one comes or `until`. Returns at once when something is there already, or when it
+ * is better to look again. `now` is the clock's, and is again afterwards.
  */
-enum load_state load_sleep(const struct load_ring *rings, uint32_t count, uint64_t now, uint64_t until);
+enum load_state load_sleep(struct load_pace *pace, const struct load_ring *rings, uint32_t count, uint64_t *now, uint64_t until);
 
 static inline uint64_t load_random(uint64_t *state) /* xorshift64*; the state is not 0 */
 {

@@ -26,12 +26,13 @@ enum load_state load_publish(const struct load_ring *ring)
 	return LOAD_MORE;
 }
 
-enum load_state load_sleep(const struct load_ring *rings, uint32_t count, uint64_t now, uint64_t until)
+static enum load_state sleep_until(struct load_pace *pace, const struct load_ring *rings, uint32_t count, uint64_t now, uint64_t until)
 {
 	struct pollfd waits[MOST_RINGS];
 	bool more = false;
 	struct timespec left;
 	eventfd_t value;
+	int called;
 
 	for (uint32_t i = 0; i < count; i++) {
 		int waiting = vq_driver_enable_call(rings[i].vq);
@@ -43,8 +44,11 @@ enum load_state load_sleep(const struct load_ring *rings, uint32_t count, uint64
 	}
 	if (!more && until > now) {
 		left = (struct timespec){ (time_t)((until - now) / 1000000000u), (long)((until - now) % 1000000000u) };
-		if (ppoll(waits, count, &left, NULL) < 0 && errno != EINTR)
+		called = ppoll(waits, count, &left, NULL);
+		if (called < 0 && errno != EINTR)
 			return LOAD_ERRNO;
+		if (called > 0)
+			vq_poll_slept(&pace->poll, load_now() - now);
 		for (uint32_t i = 0; i < count; i++)
 			if (waits[i].revents && eventfd_read(waits[i].fd, &value) && errno != EAGAIN)
 				return LOAD_ERRNO;
@@ -52,4 +56,15 @@ enum load_state load_sleep(const struct load_ring *rings, uint32_t count, uint64
 	for (uint32_t i = 0; i < count; i++)
 		vq_driver_disable_call(rings[i].vq);
 	return LOAD_MORE;
+}
+
+enum load_state load_sleep(struct load_pace *pace, const struct load_ring *rings, uint32_t count, uint64_t *now, uint64_t until)
+{
+	enum load_state state;
+
+	if (vq_poll_again(&pace->poll, *now))
+		return LOAD_MORE;
+	state = sleep_until(pace, rings, count, *now, until);
+	*now = load_now();
+	return state;
 }

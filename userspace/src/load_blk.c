@@ -242,7 +242,7 @@ static bool over(const struct load_blk *load)
 enum load_state load_blk_run(struct load_blk *load, uint64_t slice)
 {
 	const struct load_ring *ring = &load->config.ring;
-	const struct load_pace *pace = &load->config.pace;
+	struct load_pace *pace = &load->config.pace;
 	uint64_t now = load_now(), end = now + slice;
 	enum load_state state = LOAD_MORE;
 	struct vq_done done[BATCH];
@@ -262,17 +262,17 @@ enum load_state load_blk_run(struct load_blk *load, uint64_t slice)
 		now = load_now();
 		for (size_t i = 0; i < count && state == LOAD_MORE; i++)
 			state = finish(load, &done[i], now) ? LOAD_MORE : LOAD_FAILED;
-		if (count)
+		if (count) {
 			load->heard = now;
-		else if (ring->vq->fault.code != VQ_OK)
+			vq_poll_found(&pace->poll);
+		} else if (ring->vq->fault.code != VQ_OK) {
 			state = LOAD_BROKEN;
-		else if (over(load))
+		} else if (over(load)) {
 			state = LOAD_DONE;
-		else if (load->started != load->finished && now - load->heard > pace->patience)
+		} else if (load->started != load->finished && now - load->heard > pace->patience) {
 			state = LOAD_SILENT;
-		else if (!pace->poll) {
-			state = load_sleep(ring, 1, now, wake(load, end, now));
-			now = load_now();
+		} else {
+			state = load_sleep(pace, ring, 1, &now, wake(load, end, now));
 		}
 	}
 	return state;

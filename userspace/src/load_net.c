@@ -193,6 +193,8 @@ enum load_state load_net_run(struct load_net *load, uint64_t slice)
 		state = turn(load, now, &moved);
 		if (state != LOAD_MORE)
 			break;
+		if (moved)
+			vq_poll_found(&load->config.pace.poll);
 		if (moved && !timed && looks % LOOKS)
 			continue;
 		now = load_now();
@@ -202,10 +204,8 @@ enum load_state load_net_run(struct load_net *load, uint64_t slice)
 			state = LOAD_DONE;
 		else if (silent(load, now))
 			state = LOAD_SILENT;
-		else if (!moved && !pace->poll) {
-			state = load_sleep(waits, config->mode == LOAD_NET_ECHO ? 2 : 1, now, wake(load, end, now));
-			now = load_now();
-		}
+		else if (!moved)
+			state = load_sleep(&load->config.pace, waits, config->mode == LOAD_NET_ECHO ? 2 : 1, &now, wake(load, end, now));
 	}
 	return state;
 }

@@ -4,12 +4,11 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
 
-enum { PATIENCE_NS = 50000, MOST_MISSES = 10, EVENTS = 32, LOOK_OUT = 64 };
+enum { EVENTS = 32, LOOK_OUT = 64 };
 
 #define WAKE UINT64_MAX
 
@@ -58,13 +57,13 @@ static int watch(struct loop *loop, int fd, uint32_t events, uint64_t data)
 	return epoll_ctl(loop->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 }
 
-int loop_init(struct loop *loop, struct gate *gate)
+int loop_init(struct loop *loop, struct gate *gate, uint64_t budget)
 {
 	int error;
 
 	memset(loop, 0, sizeof(*loop));
 	loop->gate = gate;
-	loop->patience = PATIENCE_NS;
+	loop->poll = vq_poll_begin(budget);
 	loop->epoll = epoll_create1(EPOLL_CLOEXEC);
 	loop->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	error = loop->epoll < 0 || loop->wake < 0 ? -errno : watch(loop, loop->wake, EPOLLIN | EPOLLET, WAKE);
@@ -149,25 +148,11 @@ void loop_look(struct loop *loop, struct engine *engine)
 	(void)!write(loop->wake, &one, sizeof(one)); /* full: there is an event waiting */
 }
 
-static uint64_t now(void)
+/* Makes hot what events belong to; whether there was any. */
+static bool take(struct loop *loop, const struct epoll_event *events, int count)
 {
-	struct timespec t;
+	bool found = false;
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-/* Waits for events and makes what they belong to hot. Outside of the gate when it may: nothing is in flight. */
-static void look_out(struct loop *loop, bool outside, int timeout)
-{
-	struct epoll_event events[EVENTS];
-	int count;
-
-	if (outside)
-		gate_leave(loop->gate);
-	count = epoll_wait(loop->epoll, events, EVENTS, timeout);
-	if (outside)
-		gate_enter(loop->gate);
 	for (int i = 0; i < count; i++) {
 		uint64_t slot = events[i].data.u64;
 		struct engine *engine = slot < loop->count ? loop->engines[slot] : NULL;
@@ -179,8 +164,35 @@ static void look_out(struct loop *loop, bool outside, int timeout)
 			(void)!read(loop->wake, &value, sizeof(value));
 		} else if (engine && !engine->asks) {
 			heat(engine);
+			found = true;
 		}
 	}
+	return found;
+}
+
+/* Takes events that are there already. */
+static void look_out(struct loop *loop)
+{
+	struct epoll_event events[EVENTS];
+
+	(void)take(loop, events, epoll_wait(loop->epoll, events, EVENTS, 0));
+}
+
+/* Waits for events. Outside of the gate when it may: nothing is in flight. */
+static void rest(struct loop *loop, bool outside)
+{
+	struct epoll_event events[EVENTS];
+	uint64_t began = vq_poll_clock(), slept;
+	int count;
+
+	if (outside)
+		gate_leave(loop->gate);
+	count = epoll_wait(loop->epoll, events, EVENTS, -1);
+	slept = vq_poll_clock() - began;
+	if (outside)
+		gate_enter(loop->gate);
+	if (take(loop, events, count))
+		vq_poll_slept(&loop->poll, slept);
 }
 
 static void signal_due(struct loop *loop, struct engine *engine)
@@ -267,23 +279,9 @@ static struct round cool(struct loop *loop)
 	return round;
 }
 
-/* Whether to look for work rather than to sleep, as `quiet` ns went by without any, and there was some before or not. */
-static bool patient(struct loop *loop, uint64_t quiet, bool worked)
-{
-	if (loop->skip || !worked)
-		return false;
-	if (quiet < loop->patience)
-		return true;
-	if (loop->misses < MOST_MISSES)
-		loop->misses++;
-	loop->skip = 1u << loop->misses;
-	return false;
-}
-
 struct engine *loop_run(struct loop *loop)
 {
 	struct engine *asks = NULL;
-	uint64_t since = 0;
 	uint32_t turns = 0;
 	bool worked = false;
 
@@ -300,27 +298,18 @@ struct engine *loop_run(struct loop *loop)
 		if ((asks = round.asks))
 			break;
 		if (round.moved) {
-			if (since)
-				loop->misses = loop->skip = 0;
-			since = 0;
+			vq_poll_found(&loop->poll);
 			worked = true;
-		} else if (round.hot) {
-			uint64_t time = now();
-
-			since = since ? since : time;
-			if (!patient(loop, time - since, worked)) {
-				round = cool(loop);
-				if ((asks = round.asks))
-					break;
-				since = 0;
-			}
+		} else if (round.hot && !(worked && vq_poll_again(&loop->poll, vq_poll_clock()))) {
+			round = cool(loop);
+			if ((asks = round.asks))
+				break;
 		}
 		if (!round.hot) {
-			loop->skip -= loop->skip != 0;
-			look_out(loop, !round.in_flight, -1);
+			rest(loop, !round.in_flight);
 			worked = false;
 		} else if (round.cold && ++turns % LOOK_OUT == 0) {
-			look_out(loop, false, 0);
+			look_out(loop);
 		}
 	}
 	if (asks) {

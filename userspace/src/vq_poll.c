@@ -6,9 +6,9 @@
 
 #include "device_end.h"
 
-enum { LOOKS = 32, LEAST = 8 /* of the budget: where a window grows from */ };
+enum { LOOKS = 32, LEAST_NS = 10000 /* a window that is worth it */, MOST_VAIN = 8 };
 
-static uint64_t now(void)
+uint64_t vq_poll_clock(void)
 {
 	struct timespec t;
 
@@ -36,33 +36,76 @@ static bool changed(const struct vq_device *vq)
 
 static void widen(struct vq_poll *poll)
 {
-	uint64_t least = poll->budget / LEAST, wide = poll->window > least ? 2 * poll->window : 2 * least;
+	uint64_t wide = poll->window < LEAST_NS ? LEAST_NS : poll->window;
 
+	wide = poll->window && wide <= UINT64_MAX / 2 ? 2 * wide : wide;
 	poll->window = wide < poll->budget ? wide : poll->budget;
 }
 
-/* Spins through the window; whether one of the queues changed. */
-static bool spin(const struct vq_poll *poll, struct vq_device *const *queues, size_t count)
+static void missed(struct vq_poll *poll)
 {
-	uint64_t end = now() + poll->window;
+	poll->window /= 2;
+	if (poll->window < LEAST_NS)
+		poll->window = 0;
+	poll->vain += poll->vain < MOST_VAIN;
+	poll->rest = 1u << poll->vain;
+}
+
+void vq_poll_came(struct vq_poll *poll)
+{
+	poll->since = 0;
+	poll->vain = poll->rest = 0;
+	widen(poll);
+}
+
+bool vq_poll_again(struct vq_poll *poll, uint64_t now)
+{
+	uint64_t quiet = poll->since ? now - poll->since : 0;
+
+	if (poll->rest || !poll->window)
+		return false;
+	poll->since = now - quiet;
+	if (quiet < poll->window)
+		return true;
+	poll->since = 0;
+	missed(poll);
+	return false;
+}
+
+void vq_poll_slept(struct vq_poll *poll, uint64_t nanoseconds)
+{
+	if (poll->rest)
+		poll->rest--;
+	else if (nanoseconds < poll->budget)
+		widen(poll);
+}
+
+enum outcome { VAIN, FOUND, CALLED_OFF };
+
+/* Spins through the window. */
+static enum outcome spin(const struct vq_poll *poll, const struct gate *gate, struct vq_device *const *queues, size_t count)
+{
+	uint64_t began = vq_poll_clock();
 
 	do {
 		for (int look = 0; look < LOOKS; look++) {
 			for (size_t i = 0; i < count; i++)
 				if (changed(queues[i]))
-					return true;
+					return FOUND;
+			if (gate_awaited(gate))
+				return CALLED_OFF;
 			relax();
 		}
-	} while (now() < end);
-	return false;
+	} while (vq_poll_clock() - began < poll->window);
+	return VAIN;
 }
 
-uint64_t vq_poll_look(struct vq_poll *poll, struct vq_device *const *queues, size_t count)
+uint64_t vq_poll_look(struct vq_poll *poll, const struct gate *gate, struct vq_device *const *queues, size_t count)
 {
 	struct vq_device *idle[VQ_POLL_MAX];
 	uint64_t due = 0, bits[VQ_POLL_MAX];
+	enum outcome outcome;
 	size_t watched = 0;
-	bool found;
 
 	for (size_t i = 0; i < count && i < VQ_POLL_MAX; i++) {
 		if (!device_usable(queues[i]) || changed(queues[i]))
@@ -70,23 +113,17 @@ uint64_t vq_poll_look(struct vq_poll *poll, struct vq_device *const *queues, siz
 		bits[watched] = UINT64_C(1) << i;
 		idle[watched++] = queues[i];
 	}
-	if (!watched || !poll->window)
+	if (!watched || !poll->window || poll->rest)
 		return 0;
 	for (size_t i = 0; i < watched; i++)
 		vq_device_disable_kick(idle[i]);
-	found = spin(poll, idle, watched);
+	outcome = spin(poll, gate, idle, watched);
 	for (size_t i = 0; i < watched; i++)
 		if (vq_device_enable_kick(idle[i]))
 			due |= bits[i];
-	if (found)
-		widen(poll);
-	else
-		poll->window /= 2;
+	if (outcome == FOUND)
+		vq_poll_came(poll);
+	else if (outcome == VAIN)
+		missed(poll);
 	return due;
-}
-
-void vq_poll_slept(struct vq_poll *poll, uint64_t nanoseconds)
-{
-	if (nanoseconds < poll->budget)
-		widen(poll);
 }

@@ -170,17 +170,21 @@ static enum load_state run_blk(struct load_blk *load)
 	return state;
 }
 
-static void disks(bool packed, bool indirect, bool polled, enum fault with, enum load_state ends, enum pattern_fault wrong)
+enum way { EVENTS, POLL, BUDGET };
+
+static const uint64_t budgets[] = { 0, VQ_POLL_ALWAYS, 50000 };
+
+static void disks(bool packed, bool indirect, enum way way, enum fault with, enum load_state ends, enum pattern_fault wrong)
 {
 	static size_t (*serve)(void) = serve_disk;
 	static struct load_blk load;
 	struct load_blk_config config = { .depth = 8, .block = 2048, .segment = 1024, .blocks = SECTORS / 4, .reads = 50, .random = true,
 					  .verify = true, .seed = 7, .iova = DATA_IOVA,
-					  .pace = { .goal = 20000, .patience = 300000000, .poll = polled } };
+					  .pace = { .goal = 20000, .patience = 300000000, .poll = vq_poll_begin(budgets[way]) } };
 	enum load_state state;
 	pthread_t thread;
 
-	end_open(&one, indirect ? 8 : 0, polled, packed);
+	end_open(&one, indirect ? 8 : 0, way, packed);
 	memset(disk, 0, sizeof(disk));
 	config.ring = ring_of(&one);
 	config.memory = one.b.data;
@@ -205,20 +209,20 @@ static void disks(bool packed, bool indirect, bool polled, enum fault with, enum
 	end_close(&one);
 }
 
-static void nics(bool packed, bool polled, enum fault with, enum load_state ends)
+static void nics(bool packed, enum way way, enum fault with, enum load_state ends)
 {
 	static size_t (*serve)(void) = serve_nic;
 	static struct load_net load;
 	static struct vq_slots out, in;
 	struct load_net_config config = { .mode = LOAD_NET_ECHO, .header = HEADER, .frame = 64, .room = STRIDE, .batch = 16, .window = 32,
 					  .linger = 20000000, .seed = 9, .outgoing = &out, .incoming = &in,
-					  .pace = { .goal = 20000, .patience = 2000000000, .poll = polled } };
+					  .pace = { .goal = 20000, .patience = 2000000000, .poll = vq_poll_begin(budgets[way]) } };
 	uint32_t room = STRIDE;
 	enum load_state state;
 	pthread_t thread;
 
-	end_open(&one, 0, !polled, packed);
-	end_open(&other, 0, !polled, packed);
+	end_open(&one, 0, !way, packed);
+	end_open(&other, 0, !way, packed);
 	CHECK(vq_slots_init(&out, &one.b.driver, one.b.data, DATA_IOVA, STRIDE, 32, false) == 0);
 	CHECK(vq_slots_init(&in, &other.b.driver, other.b.data, DATA_IOVA, STRIDE, NUM, true) == 0);
 	CHECK(vq_slots_add(&in, &room, false, NUM) == NUM && vq_driver_publish(&other.b.driver) >= 0);
@@ -249,21 +253,21 @@ static void nics(bool packed, bool polled, enum fault with, enum load_state ends
 
 int main(void)
 {
-	for (int mode = 0; mode < 8; mode++)
-		disks(mode & 1, mode & 2, mode & 4, HONEST, LOAD_DONE, PATTERN_GOOD);
+	for (int mode = 0; mode < 12; mode++)
+		disks(mode & 1, mode & 2, mode / 4, HONEST, LOAD_DONE, PATTERN_GOOD);
 	for (int packed = 0; packed < 2; packed++) {
-		disks(packed, true, false, LOSE, LOAD_FAILED, PATTERN_STALE);
-		disks(packed, true, false, TEAR, LOAD_FAILED, PATTERN_TORN);
-		disks(packed, true, false, MISDIRECT, LOAD_FAILED, PATTERN_MISDIRECTED);
-		disks(packed, true, false, EMPTY_READ, LOAD_FAILED, PATTERN_BROKEN);
-		disks(packed, true, false, REFUSE, LOAD_FAILED, PATTERN_GOOD);
-		disks(packed, true, packed, SILENT, LOAD_SILENT, PATTERN_GOOD);
-		for (int polled = 0; polled < 2; polled++) {
-			nics(packed, polled, HONEST, LOAD_DONE);
-			nics(packed, polled, SWAP, LOAD_DONE);
-			nics(packed, polled, DROP, LOAD_DONE);
+		disks(packed, true, EVENTS, LOSE, LOAD_FAILED, PATTERN_STALE);
+		disks(packed, true, EVENTS, TEAR, LOAD_FAILED, PATTERN_TORN);
+		disks(packed, true, EVENTS, MISDIRECT, LOAD_FAILED, PATTERN_MISDIRECTED);
+		disks(packed, true, EVENTS, EMPTY_READ, LOAD_FAILED, PATTERN_BROKEN);
+		disks(packed, true, EVENTS, REFUSE, LOAD_FAILED, PATTERN_GOOD);
+		disks(packed, true, packed ? BUDGET : POLL, SILENT, LOAD_SILENT, PATTERN_GOOD);
+		for (enum way way = EVENTS; way <= BUDGET; way++) {
+			nics(packed, way, HONEST, LOAD_DONE);
+			nics(packed, way, SWAP, LOAD_DONE);
+			nics(packed, way, DROP, LOAD_DONE);
 		}
-		nics(packed, false, HEADLESS, LOAD_FAILED);
+		nics(packed, EVENTS, HEADLESS, LOAD_FAILED);
 	}
 	puts("load: all well");
 	return 0;

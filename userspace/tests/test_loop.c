@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "load.h"
 #include "test.h"
 
 enum { NUM = 64, LANES = 3, ROUNDS = 300, PER_ROUND = 40, ODD = 97 };
@@ -19,7 +20,8 @@ struct lane {
 	struct vq_chain chains[ENGINE_BATCH];
 	struct vq_used done[NUM];
 	int kick, call;
-	uint64_t asked;
+	uint64_t asked, sent;
+	uint64_t random[2]; /* of engine and driver; 0: no pauses */
 	struct loop loop;
 	struct gate *gate;
 	pthread_t server, driver;
@@ -47,6 +49,17 @@ static uint64_t token_of(const struct bench *b, const struct vq_chain *chain)
 	return token;
 }
 
+/* Up to some 30 us, mostly nothing. */
+static void pause_at_random(uint64_t *random)
+{
+	uint64_t end;
+
+	if (!*random || load_below(random, 4))
+		return;
+	for (end = load_now() + load_below(random, 30000); load_now() < end;)
+		;
+}
+
 static int turn(struct engine *engine)
 {
 	struct lane *lane = (struct lane *)engine;
@@ -55,6 +68,7 @@ static int turn(struct engine *engine)
 
 	if (!ring->vq)
 		return TURN_IDLE;
+	pause_at_random(&lane->random[0]);
 	ring->pieces->used = 0;
 	count = vq_device_pop(ring->vq, ring->chains, 7, ring->pieces);
 	for (i = 0; i < count && token_of(&lane->bench, &ring->chains[i]) % ODD; i++)
@@ -99,17 +113,19 @@ static void *drive(void *argument)
 {
 	struct lane *lane = argument;
 	struct vq_driver *vq = &lane->bench.driver;
-	uint64_t token = 0, back = 0;
+	uint64_t token = 0, back = 0, random = lane->random[1];
 
 	for (int round = 0; round < ROUNDS; round++) {
+		uint64_t end = token + (random ? 1 + load_below(&random, PER_ROUND) : PER_ROUND);
 		struct vq_done done[NUM];
 
-		for (int i = 0; i < PER_ROUND; i++, token++) {
+		for (; token < end; token++) {
 			struct vq_buffer buffer = { .iova = DATA_IOVA + token % NUM * 64, .length = 8 };
 
 			memcpy(lane->bench.data + token % NUM * 64, &token, sizeof(token));
 			CHECK(vq_driver_add(vq, &buffer, 1, 0, token) >= 0);
 		}
+		pause_at_random(&random);
 		if (vq_driver_publish(vq))
 			CHECK(eventfd_write(lane->kick, 1) == 0);
 		while (back < token) {
@@ -122,10 +138,12 @@ static void *drive(void *argument)
 				CHECK(eventfd_read(lane->call, &value) == 0);
 		}
 	}
+	lane->sent = token;
 	return NULL;
 }
 
-static void lanes(bool packed, bool event_idx)
+/* `seed`: both sides pause at random. */
+static void lanes(bool packed, bool event_idx, uint64_t budget, uint64_t seed)
 {
 	static struct lane lane[LANES];
 	struct gate gate;
@@ -136,11 +154,12 @@ static void lanes(bool packed, bool event_idx)
 		memset(&lane[i], 0, sizeof(lane[i]));
 		lane[i].engine = (struct engine){ .ops = &operations, .fd = -1 };
 		lane[i].gate = &gate;
+		lane[i].random[0] = lane[i].random[1] = seed ? seed + i : 0;
 		bench_open(&lane[i].bench, NUM, 0, event_idx, base_at(0, NUM, packed), packed);
 		lane[i].kick = eventfd(0, EFD_CLOEXEC);
 		lane[i].call = eventfd(0, EFD_CLOEXEC);
 		hold(&gate);
-		CHECK(loop_init(&lane[i].loop, &gate) == 0);
+		CHECK(loop_init(&lane[i].loop, &gate, budget) == 0);
 		lane[i].engine.rings[0] = (struct engine_ring){ .vq = &lane[i].bench.device,
 								.chains = lane[i].chains,
 								.done = lane[i].done,
@@ -177,7 +196,7 @@ static void lanes(bool packed, bool event_idx)
 		loop_look(&lane[i].loop, NULL);
 		release(&gate);
 		CHECK(pthread_join(lane[i].server, NULL) == 0);
-		CHECK(lane[i].asked == (ROUNDS * PER_ROUND + ODD - 1) / ODD && lane[i].bench.device.in_flight == 0);
+		CHECK(lane[i].asked == (lane[i].sent + ODD - 1) / ODD && lane[i].bench.device.in_flight == 0);
 		hold(&gate);
 		loop_remove(&lane[i].loop, &lane[i].engine);
 		loop_destroy(&lane[i].loop);
@@ -209,7 +228,7 @@ static void full_counter(void)
 
 	CHECK(gate_init(&gate) == 0);
 	hold(&gate);
-	CHECK(loop_init(&loop, &gate) == 0);
+	CHECK(loop_init(&loop, &gate, 0) == 0);
 	close(loop.wake);
 	loop.wake = eventfd(0, EFD_CLOEXEC);
 	CHECK(eventfd_write(loop.wake, UINT64_MAX - 1) == 0);
@@ -224,10 +243,65 @@ static void full_counter(void)
 	gate_destroy(&gate);
 }
 
+/* A loop that looks for a minute lets holders in at once, and ends when it is told to. */
+static void prompt(void)
+{
+	static struct lane lane;
+	struct vq_driver *vq = &lane.bench.driver;
+	struct vq_done done;
+	struct gate gate;
+	uint64_t began;
+
+	CHECK(gate_init(&gate) == 0);
+	lane = (struct lane){ .engine = { .ops = &operations, .fd = -1 }, .gate = &gate, .call = -1 };
+	bench_open(&lane.bench, NUM, 0, true, 0, false);
+	lane.kick = eventfd(0, EFD_CLOEXEC);
+	hold(&gate);
+	CHECK(loop_init(&lane.loop, &gate, UINT64_C(60000000000)) == 0);
+	lane.engine.rings[0] = (struct engine_ring){
+		.vq = &lane.bench.device, .chains = lane.chains, .done = lane.done, .pieces = &lane.bench.pieces, .call = -1
+	};
+	CHECK(loop_add(&lane.loop, &lane.engine) == 0 && loop_watch(&lane.loop, &lane.engine, lane.kick) == 0);
+	release(&gate);
+	CHECK(pthread_create(&lane.server, NULL, serve, &lane) == 0);
+	memset(lane.bench.data, 1, 8); /* a token that is no multiple of ODD */
+	for (int round = 0; round < 20; round++) {
+		CHECK(vq_driver_add(vq, &(struct vq_buffer){ DATA_IOVA, 8 }, 1, 0, 0) >= 0);
+		if (vq_driver_publish(vq)) {
+			CHECK(round == 0);
+			CHECK(eventfd_write(lane.kick, 1) == 0);
+		}
+		while (!vq_driver_reap(vq, &done, 1))
+			sched_yield();
+	}
+	began = load_now();
+	for (int visit = 0; visit < 20; visit++) {
+		hold(&gate);
+		release(&gate);
+	}
+	hold(&gate);
+	CHECK(lane.engine.hot && lane.loop.poll.since);
+	lane.loop.closing = true;
+	release(&gate);
+	CHECK(pthread_join(lane.server, NULL) == 0);
+	CHECK(load_now() - began < UINT64_C(20000000000));
+	hold(&gate);
+	loop_remove(&lane.loop, &lane.engine);
+	loop_destroy(&lane.loop);
+	release(&gate);
+	bench_close(&lane.bench);
+	close(lane.kick);
+	gate_destroy(&gate);
+}
+
 int main(void)
 {
 	full_counter();
-	for (int mode = 0; mode < 4; mode++)
-		lanes(mode & 1, mode & 2);
+	prompt();
+	for (int mode = 0; mode < 4; mode++) {
+		lanes(mode & 1, mode & 2, 50000, 0);
+		lanes(mode & 1, mode & 2, 20000, UINT64_C(0x9e3779b97f4a7c15));
+		lanes(mode & 1, mode & 2, 0, UINT64_C(0x9e3779b97f4a7c15));
+	}
 	return 0;
 }

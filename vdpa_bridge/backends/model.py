@@ -65,8 +65,8 @@ class ModelDevice:
     on_broken: Callable[[int, str], None] = staticmethod(lambda index, why: None)
     """Called when a ring broke, with the lock held."""
 
-    def __init__(self, model: Model, name: str, poll: int = 0) -> None:
-        """*poll* is how many nanoseconds rings are looked at before the thread sleeps, at most."""
+    def __init__(self, model: Model, name: str, poll: int | None = None) -> None:
+        """*poll* is how many nanoseconds rings are looked at before a thread sleeps, at most; see ``Runner``."""
         self.model = model
         self.name = name
         self.runner = Runner(model, name, poll)

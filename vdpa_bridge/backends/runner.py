@@ -23,7 +23,7 @@ from ..memory import PAGE
 from ..models.base import Model
 from ..models.sources import Sources
 from ..virtqueue import Chain, DeviceQueue, Poll
-from .workers import Workers
+from .workers import DEFAULT_POLL, Workers
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class Runner:
     Synchronization: everything public is called with *lock* held.
     """
 
-    def __init__(self, model: Model, name: str, poll: int = 0) -> None:
-        """*poll*: nanoseconds that rings are looked at before the thread sleeps, at most."""
+    def __init__(self, model: Model, name: str, poll: int | None = None) -> None:
+        """*poll*: nanoseconds that rings are looked at before a thread sleeps, at most; None for what is best for most: engines do, a model does not."""
         self._poll = Poll(poll) if poll else None
         self.lock = Gate()
         self.broken: Callable[[int, str], None] = lambda index, why: None
@@ -96,7 +96,7 @@ class Runner:
         self._signals: list[EventFd] = []
         self._closing = False
         self._epoll = select.epoll()
-        self._workers = Workers(self.lock, name, self._attend)
+        self._workers = Workers(self.lock, name, self._attend, DEFAULT_POLL if poll is None else poll)
         with self.lock:
             self._workers.grow(model.threads)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -325,12 +325,12 @@ class Runner:
                 event.signal()
 
     def _linger(self, poll: Poll) -> None:
-        """Look at the rings for a while, as whoever has just been served may have more. Who waits for the lock waits as long."""
+        """Look at the rings for a while, as whoever has just been served may have more. Who waits for the lock ends that."""
         with self.lock:
             if self._pending or self._rests:
                 return
             rings = {ring.queue: index for index, ring in self.rings.items() if ring.engine is None and ring.kick is not None}
-            self._pending.update(rings[queue] for queue in poll.look(list(rings)))
+            self._pending.update(rings[queue] for queue in poll.look(list(rings), self.lock))
 
     def _serve_pending(self) -> None:
         ready, self._pending = self._pending, set()

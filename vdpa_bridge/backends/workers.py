@@ -14,6 +14,9 @@ from ..engines import Engine, Gate, Loop
 from ..eventfd import EventFd
 from ..virtqueue import DeviceQueue
 
+DEFAULT_POLL = 50_000
+"""Nanoseconds."""
+
 
 def _fd(event: EventFd | None) -> int:
     return -1 if event is None else event.fd
@@ -25,7 +28,9 @@ class Workers:
     Synchronization: everything but ``close`` is called with the gate held.
     """
 
-    def __init__(self, gate: Gate, name: str, asked: Callable[[Engine], None]) -> None:
+    def __init__(self, gate: Gate, name: str, asked: Callable[[Engine], None], poll: int = DEFAULT_POLL) -> None:
+        """*poll*: nanoseconds that they look for work before they sleep, at most."""
+        self._poll = poll
         self._gate = gate
         self._name = name
         self._asked = asked
@@ -36,7 +41,7 @@ class Workers:
     def grow(self, count: int) -> None:
         """Have at least *count* threads."""
         for number in range(len(self._loops), count):
-            loop = Loop(self._gate)
+            loop = Loop(self._gate, self._poll)
             loop.pause(self._paused)
             self._loops.append(loop)
             self._threads.append(threading.Thread(target=self._run, args=(loop,), name=f"engine {number} of {self._name}", daemon=True))

@@ -32,6 +32,7 @@ _LATENCIES = ("min", "mean", "p50", "p90", "p99", "p99.9", "max")
     examples="""
 vdpa-bridge bench blk /dev/vhost-vdpa-0 --depth 64 --duration 30
 vdpa-bridge bench blk 'vhost-user:/run/disk.sock?type=blk' --poll --queues 2 --json
+vdpa-bridge bench blk 'vhost-user:/run/disk.sock?type=blk' --poll-for 50us --depth 1
 vdpa-bridge bench blk model:blk --reads 50 --verify --count 100000
 vdpa-bridge bench blk vdpa:blk0 --reads 0 --sequential --block 128K --rate 2000
 vdpa-bridge bench net 'vhost-user:/run/net.sock?type=net' --poll --frame 64
@@ -41,7 +42,8 @@ vdpa-bridge bench net model:net --mode echo --pairs 2
 def command() -> None:
     """Put load on a device, wherever it lives: as fast as it goes or at a rate, with latencies and the client's CPU time.
 
-    Each queue has a thread of its own, whose loop is native. Without --poll it sleeps until the device calls.
+    Each queue has a thread of its own, whose loop is native. Without --poll it sleeps until the
+    device calls, with --poll-for only once nothing came for that long, or when waiting so was in vain lately.
     """
 
 
@@ -53,6 +55,7 @@ def _timing_options(function: F) -> F:
         click.option("--count", type=click.IntRange(0), default=0, metavar="N", help="End after so many.  [default: no limit]"),
         click.option("--rate", type=click.FloatRange(0), default=0.0, metavar="N", help="So many each second.  [default: as fast as it goes]"),
         click.option("--poll", is_flag=True, help="Look at the rings all the time instead of sleeping until called."),
+        click.option("--poll-for", default="off", show_default=True, metavar="TIME", help="Look at them for so long before sleeping, such as 50us."),
         click.option("--packed", is_flag=True, help="Packed rings; an error where the device has none."),
         click.option("--queue-size", type=click.IntRange(2, 32768), default=256, show_default=True, help="Entries of a ring at most."),
         timeout_option,
@@ -63,14 +66,15 @@ def _timing_options(function: F) -> F:
     return function
 
 
-def _timing(duration: float | None, warmup: float | None, count: int, rate: float, poll: bool) -> Timing:
+def _timing(duration: float | None, warmup: float | None, count: int, rate: float, poll: bool, poll_for: str) -> Timing:
     from ..load import Timing
+    from ..models.options import parse_duration
 
     if duration is None:
         duration = 0.0 if count else 10.0
     if warmup is None:
         warmup = 0.0 if count else 0.5
-    return Timing(duration, warmup, count, rate, poll)
+    return Timing(duration, warmup, count, rate, poll, parse_duration("--poll-for", poll_for) / 1e9)
 
 
 def _ring(packed: bool, queue_size: int, timeout: float) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def _live(what: str) -> Iterator[Progress | None]:
 @_timing_options
 def blk(
     target: str, block: int, depth: int, queues: int, reads: int, sequential: bool, offset: int, length: int | None, verify: bool,
-    seed: int, duration: float | None, warmup: float | None, count: int, rate: float, poll: bool, packed: bool, queue_size: int,
+    seed: int, duration: float | None, warmup: float | None, count: int, rate: float, poll: bool, poll_for: str, packed: bool, queue_size: int,
     timeout: float, output: Output, trace: Trace,
 ) -> None:  # fmt: skip
     """Read and write blocks of the disk TARGET.
@@ -126,13 +130,13 @@ def blk(
     from ..drivers import BlkDriver
     from ..load import BlkWork, blk_memory, load_blk
 
-    timing = _timing(duration, warmup, count, rate, poll)
+    timing = _timing(duration, warmup, count, rate, poll, poll_for)
     work = BlkWork(timing, block, depth, reads, not sequential, offset, length, verify, seed)
     options = _ring(packed, queue_size, timeout) | {"pool_size": blk_memory(work, queues), "queues": range(queues)}
     with opened(target, trace) as device, BlkDriver(device, **options) as disk, _live("requests") as progress:
         result = load_blk(disk, work, progress)
         name = disk.name
-    facts = {"target": name, "block": block, "depth": depth, "random": not sequential, "poll": poll, **result.facts()}
+    facts = {"target": name, "block": block, "depth": depth, "random": not sequential, "poll": poll, "poll_for": timing.poll_for, **result.facts()}
 
     def text() -> None:
         of = {"reads": facts["reads"], "writes": facts["writes"]}
@@ -158,7 +162,7 @@ def blk(
 @_timing_options
 def net(
     target: str, mode: str, frame: int, batch: int, pairs: int, to: str, window: int, linger: float,
-    duration: float | None, warmup: float | None, count: int, rate: float, poll: bool, packed: bool, queue_size: int,
+    duration: float | None, warmup: float | None, count: int, rate: float, poll: bool, poll_for: str, packed: bool, queue_size: int,
     timeout: float, output: Output, trace: Trace,
 ) -> None:  # fmt: skip
     """Send and receive frames through the network device TARGET.
@@ -168,13 +172,13 @@ def net(
     from ..drivers import NetDriver
     from ..load import Mode, NetWork, load_net
 
-    timing = _timing(duration, warmup, count, rate, poll)
+    timing = _timing(duration, warmup, count, rate, poll, poll_for)
     work = NetWork(timing, Mode[mode.upper()], frame, batch, to, window, linger)
     options = _ring(packed, queue_size, timeout) | {"pool_size": max(4, 2 * pairs) << 20}
     with opened(target, trace) as device, NetDriver(device, pairs=pairs, **options) as nic, _live("frames") as progress:
         result = load_net(nic, work, progress)
         name = nic.name
-    facts = {"target": name, "mode": mode, "frame": frame, "batch": batch, "poll": poll, **result.facts()}
+    facts = {"target": name, "mode": mode, "frame": frame, "batch": batch, "poll": poll, "poll_for": timing.poll_for, **result.facts()}
 
     def text() -> None:
         sent: _Row = (facts["sent"], facts["sent_per_second"], facts["sent_bits_per_second"] / 8, {})
@@ -206,5 +210,5 @@ def _print(what: str, rows: Mapping[str, _Row]) -> None:
 
 
 def _say(facts: Mapping[str, Any], work: str) -> None:
-    way = "polled" if facts["poll"] else "woken by calls"
+    way = "polled" if facts["poll"] else f"polled for {facts['poll_for'] * 1e6:g} us, then woken by calls" if facts["poll_for"] else "woken by calls"
     click.echo(f"{facts['target']}: {work}, {way}, {facts['seconds']:.3f} s; this process used {facts['cpu']:.0%} of a CPU")

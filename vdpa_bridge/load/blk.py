@@ -157,7 +157,7 @@ def load_blk(disk: BlkDriver, work: BlkWork, progress: Progress | None = None) -
                 interval=interval,
                 goal=goal,
                 patience=int(disk.timeout * 1e9),
-                poll=work.timing.poll,
+                poll=work.timing.budget,
                 owner=buffer,
             )
         )

@@ -128,7 +128,7 @@ def load_net(nic: NetDriver, work: NetWork, progress: Progress | None = None) ->
                 interval=interval,
                 goal=goal,
                 patience=int(nic.timeout * 1e9),
-                poll=work.timing.poll,
+                poll=work.timing.budget,
             )
         )
     spent = run_all(nic, generators, work.timing, lambda one: _headless(nic, one), lambda: _done(generators, work.mode), progress)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from .._virtqueue import LOAD_BROKEN, LOAD_DONE, LOAD_FAILED, LOAD_MORE, LOAD_SILENT, Histogram
+from .._virtqueue import LOAD_BROKEN, LOAD_DONE, LOAD_FAILED, LOAD_MORE, LOAD_SILENT, POLL_ALWAYS, Histogram
 from ..drivers.base import LOOK, Driver
 from ..errors import DeviceBroken
 
@@ -51,13 +51,14 @@ G = TypeVar("G", bound=Generator)
 class Timing:
     """How long: *duration* seconds after *warmup*, or *count* in all (then without a warm-up); 0 is no limit. *rate* is per second,
     0 for as fast as it goes. Count and rate are of all queues together. With *poll* the generators look at the rings all the time
-    instead of sleeping until they are called."""
+    instead of sleeping until they are called; else for *poll_for* seconds at most before they sleep, and less where that is in vain."""
 
     duration: float = 10.0
     warmup: float = 0.0
     count: int = 0
     rate: float = 0.0
     poll: bool = False
+    poll_for: float = 0.0
 
     def check(self) -> None:
         """ValueError when it never ends or cannot be."""
@@ -65,8 +66,13 @@ class Timing:
             raise ValueError("a load has a duration or a count, else it never ends")
         if self.warmup and self.count:
             raise ValueError("a count has no warm-up: some of what is counted would not be measured")
-        if min(self.duration, self.warmup, self.count, self.rate) < 0:
+        if min(self.duration, self.warmup, self.count, self.rate, self.poll_for) < 0:
             raise ValueError("no time, count or rate is negative")
+
+    @property
+    def budget(self) -> int:
+        """Nanoseconds of looking."""
+        return POLL_ALWAYS if self.poll else round(1e9 * self.poll_for)
 
     def share(self, queues: int, queue: int) -> tuple[int, int]:
         """Nanoseconds from one to the next, and how many in all, for one of several queues."""
