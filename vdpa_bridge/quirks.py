@@ -107,7 +107,7 @@ QUIRKS = (
     ),
     Quirk(
         "too many bytes written",
-        "virtio-scsi, virtio-input of QEMU",
+        "virtio-scsi, virtio-input of QEMU, libvhost-user's disk",
         "7.2",
         "counts bytes that it read as written",
         "drivers of these types, and the one for any type, take the count for all that could be written",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Our drivers on stock back-ends: DPDK's vhost library, virtiofsd, vhost-user-gpu; every byte checked."""
+"""Our drivers on stock back-ends: DPDK's vhost library, libvhost-user's disk, virtiofsd, vhost-user-gpu; every byte checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from tests.support.backends import GPU, VIRTIOFSD, backend, display, net_vhost
 from tests.support.seen import Seen
 from vdpa_bridge import Device, Target
 from vdpa_bridge.cli import main
-from vdpa_bridge.drivers import FsDriver, GenericDriver, NetDriver
+from vdpa_bridge.drivers import BlkDriver, FsDriver, GenericDriver, NetDriver
 from vdpa_bridge.drivers.base import RING_FEATURES
 from vdpa_bridge.errors import DeviceBroken
 from vdpa_bridge.flags import Feature
+from vdpa_bridge.load import BlkWork, Timing, load_blk
 from vdpa_bridge.quirks import CONTROL_QUEUE
 from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtio.features import NetFeature
@@ -95,6 +97,39 @@ def test_dpdk_has_no_control_queue(short_dir: Path) -> None:
         with NetDriver(device) as nic, pytest.raises(OSError, match="CTRL_MAC_ADDR is not among the features") as refused:
             nic.set_mac("02:00:00:00:00:09")
         assert refused.value.errno == errno.EOPNOTSUPP
+
+
+# libvhost-user ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory_dir() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vb", dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.mark.skipif("VDPA_BRIDGE_VHOST_USER_BLK" not in os.environ, reason='no $VDPA_BRIDGE_VHOST_USER_BLK: run eval "$(tools/setup newer)"')
+@pytest.mark.parametrize("poll", [False, True], ids=["event", "poll"])
+def test_libvhost_user_disk(short_dir: Path, memory_dir: Path, poll: bool, seen: Seen) -> None:
+    """It opens its file with O_DIRECT, which elsewhere than on tmpfs would want aligned buffers, and does not say so."""
+    path, image, size = short_dir / "s", memory_dir / "disk", 8 << 20
+    content = bytearray(random.Random(3).randbytes(size))
+    image.write_bytes(content)
+    command = [os.environ["VDPA_BRIDGE_VHOST_USER_BLK"], "--socket-path", str(path), "--blk-file", str(image)]
+    with backend(command, path), opened(path, "blk") as device, BlkDriver(device) as disk:
+        assert disk.info.size == size
+        assert disk.read(0, 1 << 16) == content[: 1 << 16]
+        content[1 << 20 : 2 << 20] = random.Random(4).randbytes(1 << 20)
+        disk.write(1 << 20, bytes(content[1 << 20 : 2 << 20]))
+        disk.flush()
+        work = BlkWork(Timing(duration=0, count=2000, poll=poll), reads=50, verify=True, offset=4 << 20, length=2 << 20)
+        result = load_blk(disk, work)
+        assert result.reads.count + result.writes.count == 2000
+        assert min(result.compared, result.read_back) > 0
+    after = image.read_bytes()
+    assert after[: 4 << 20] == content[: 4 << 20]
+    assert after[6 << 20 :] == content[6 << 20 :], "beyond the range"
+    seen("devices", "blk", "blk", "libvhost-user", "split", "legacy")
 
 
 # virtiofsd -------------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ _PROGRAMS = {
     "virtiofsd": (["/usr/lib/qemu/virtiofsd", "--version"], r"version (\S+)"),
     "vhost-user-gpu": (["qemu-system-x86_64", "--version"], r"version (\S+)"),
     "qemu-storage-daemon": (["qemu-storage-daemon", "--version"], r"version (\S+)"),
+    "libvhost-user": (["qemu-system-x86_64", "--version"], r"version (\S+)"),
     "dpdk-testpmd": (["dpdk-testpmd", "-v", "--no-huge", "-m", "64", "--no-pci", "--no-shconf", "--no-telemetry", "--in-memory"], r"DPDK ([\w.-]+)"),
 }
 """How a program says its version."""

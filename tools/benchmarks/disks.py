@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from control import running
 from drive import on_cpu
 from quiet import used
 from rows import OURS, Meter, Row, Sample, Servers, Span, Work, of_children
@@ -29,6 +30,7 @@ MIB = 1 << 20
 SIZE = 256 * MIB
 DEPTH = 32
 BLKIO = "blkio-bench"
+PREADV = "libvhost-user, preadv"
 MODES = {"event": False, "poll": True}
 
 
@@ -86,6 +88,15 @@ def blkio(path: Path, pid: int, cpu: int, span: Span, poll: bool) -> Sample:
     return Sample(1e3 * float(json.loads(done.stdout)["aggregate"]["kiops"]), client.share(), server.share())
 
 
+def libvhost_user(file: Path, cpus: tuple[int, int], span: Span, poll: bool) -> Sample:
+    """The same of libvhost-user's disk, which calls preadv where it takes the request, and serves one client in its life."""
+    with directory() as place:
+        path = place / "s"
+        command = [os.environ["VDPA_BRIDGE_VHOST_USER_BLK"], "--socket-path", str(path), "--blk-file", str(file)]
+        with running(["taskset", "-c", str(cpus[0]), *command], path) as server:
+            return load(path, server.pid, cpus[1], span, poll=poll)
+
+
 def null_disks(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterator[Row]:
     """What requests cost without a medium: across two CPUs, and on one, where no wake-up hides the code."""
     with directory() as place, Servers(cpus[0], left_out) as servers:
@@ -118,7 +129,6 @@ def image(size: int = SIZE) -> Iterator[Path]:
 
 def file_disks(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterator[Row]:
     """Reads of data that is in memory: what a page cache serves."""
-    left_out["libvhost-user's vhost-user-blk (synchronous preadv)"] = "no distribution packages it"
     with directory() as place, image() as file, Servers(cpus[0], left_out) as servers:
         servers.start(OURS, serve(f"model:blk?file={file}", place / "ours"), place / "ours")
         paths = {OURS: place / "ours"}
@@ -128,6 +138,7 @@ def file_disks(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> I
                 servers.start(f"{name} {how}", storage(program, path, f"driver=file,filename={file},aio={how}"), path)
         for mode, poll in MODES.items():
             ways = {name: partial(load, paths[name], pid, cpus[1], span, poll=poll) for name, pid in servers.pids.items()}
+            ways[PREADV] = partial(libvhost_user, file, cpus, span, poll)
             yield Work("blk", f"disk on tmpfs, {DEPTH} in flight, {mode}", "IOPS", least=1.3).take(ways, span, servers.pids.values())
 
 
