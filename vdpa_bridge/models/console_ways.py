@@ -146,7 +146,7 @@ class PtyWay(TerminalWay):
         self._terminal.close()
 
 
-class ListenWay(TimedWay):
+class ListenWay(Way):
     """Clients of a UNIX socket, one after the other."""
 
     def __init__(self, path: str) -> None:
@@ -156,6 +156,7 @@ class ListenWay(TimedWay):
     def attach(self, sources: Sources, came: Came, sized: Sized) -> None:
         """See ``Way``."""
         super().attach(sources, came, sized)
+        self._sources, self._tell = sources, came
         sources.add(self._listener.fileno(), self._accept)
 
     def _await(self, events: int) -> None:
@@ -163,20 +164,10 @@ class ListenWay(TimedWay):
             self._sources.await_events(self._listener.fileno(), events)
 
     def _accept(self, queues: Mapping[int, Queue], events: int) -> None:
-        try:
-            self.stream = self._listener.accept()
-        except OSError:  # no descriptor is left
-            self._await(0)
-            self._timer.start(_EVERY)
-            return
-        if self.stream is not None:
+        if (client := self._listener.accept()) is not None:
+            self.stream = UnixStream(client)
             self._await(0)
             self._tell(queues, self.stream)
-
-    def _tick(self, queues: Mapping[int, Queue], events: int) -> None:
-        self._timer.stop()
-        if self.stream is None:
-            self._await(select.EPOLLIN)
 
     def gone(self) -> None:
         """See ``Way``."""

@@ -10,7 +10,7 @@ import select
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ..service.listening import Listener
+from ..outside.unix import UnixListener, UnixStream
 from .sources import Sources
 
 if TYPE_CHECKING:
@@ -33,15 +33,13 @@ class Control:
         """OSError when the socket cannot be had."""
         self.peers: list[Peer] = []
         self._sources, self._hear = sources, hear
-        self._listener = Listener.bind(path)
-        self._listener.sock.setblocking(False)
-        sources.add(self._listener.sock.fileno(), self._come)
+        self._listener = UnixListener(path)
+        sources.add(self._listener.fileno(), self._come)
 
     def _come(self, queues: Mapping[int, Queue], events: int) -> None:
-        try:
-            peer = Peer(self._listener, self._sources, self._hear, self.peers.remove)
-        except OSError:  # gone again, or this process has no descriptor left: the next one may have more luck
+        if (client := self._listener.accept()) is None:
             return
+        peer = Peer(UnixStream(client), self._sources, self._hear, self.peers.remove)
         self.peers.append(peer)
         if len(self.peers) > MOST_PEERS:
             peer.say(f"error {MOST_PEERS} others are here already")
@@ -51,25 +49,21 @@ class Control:
         """Hang up on all and take the socket away; harmless when done before."""
         for peer in list(self.peers):
             peer.close()
-        self._sources.remove(self._listener.sock.fileno())
-        try:
-            self._listener.close()
-        except OSError:  # locked up by now; who listens there next replaces a dead socket
-            self._listener.sock.close()
+        self._sources.remove(self._listener.fileno())
+        self._listener.close()
 
 
 class Peer:
     """Somebody who is connected."""
 
-    def __init__(self, listener: Listener, sources: Sources, hear: Hear, gone: Callable[[Peer], None]) -> None:
+    def __init__(self, stream: UnixStream, sources: Sources, hear: Hear, gone: Callable[[Peer], None]) -> None:
         self.watches = False
         """Whether it wants to be told of changes."""
         self._sources, self._hear, self._gone = sources, hear, gone
         self._came, self._unread = b"", b""
         self._ends = self._closed = False
-        self._sock, _ = listener.sock.accept()
-        self._sock.setblocking(False)
-        sources.add(self._sock.fileno(), self._ready)
+        self._stream = stream
+        sources.add(stream.fileno(), self._ready)
 
     def say(self, line: str) -> None:
         """Send a line, without waiting."""
@@ -83,11 +77,11 @@ class Peer:
 
     def _read(self, queues: Mapping[int, Queue]) -> None:
         try:
-            data = self._sock.recv(LONGEST)
-        except BlockingIOError:
-            return
+            data = self._stream.receive(LONGEST)
         except OSError:
             self.close()
+            return
+        if data is None:
             return
         self._ends = not data
         *lines, self._came = (self._came + data).split(b"\n")
@@ -102,21 +96,19 @@ class Peer:
         if self._closed:
             return
         try:
-            while self._unread:
-                self._unread = self._unread[self._sock.send(self._unread) :]
-        except BlockingIOError:
-            pass
+            while self._unread and (sent := self._stream.send(self._unread)):
+                self._unread = self._unread[sent:]
         except OSError:
             self._unread, self._ends = b"", True
         if len(self._unread) > MOST_UNREAD or (self._ends and not self._unread):
             self.close()
             return
-        self._sources.await_events(self._sock.fileno(), select.EPOLLIN * (not self._ends) | select.EPOLLOUT * bool(self._unread))
+        self._sources.await_events(self._stream.fileno(), select.EPOLLIN * (not self._ends) | select.EPOLLOUT * bool(self._unread))
 
     def close(self) -> None:
         """Hang up; harmless when done before."""
         if not self._closed:
             self._closed = True
-            self._sources.remove(self._sock.fileno())
-            self._sock.close()
+            self._sources.remove(self._stream.fileno())
+            self._stream.close()
             self._gone(self)

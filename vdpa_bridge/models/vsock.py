@@ -293,19 +293,13 @@ class VsockModel(Model):
             if not self._has_room():
                 self._sources.await_events(self._listener.fileno(), 0)
                 return
-            try:
-                stream = self._listener.accept()
-            except OSError as error:
-                _log.debug("vsock: guest %d: a client has to wait: %s", self.guest_cid, error.strerror)
-                self._sources.await_events(self._listener.fileno(), 0)
-                return
-            if stream is None:
+            if (client := self._listener.accept()) is None:
                 return
             if len(self._callers) >= MOST_CALLERS:
                 oldest = next(iter(self._callers))
                 del self._callers[oldest]
                 oldest.close()
-            self._callers[self._adopt(stream, Phase.CALLED)] = None
+            self._callers[self._adopt(UnixStream(client), Phase.CALLED)] = None
 
     def _call(self, connection: Connection) -> None:
         """A client says where it wants to."""

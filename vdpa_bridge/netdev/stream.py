@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 
-from ..service.listening import Listener
+from ..outside.unix import UnixListener
 from .base import LONGEST, PLAIN, SHORTEST, Netdev
 
 _log = logging.getLogger(__name__)
@@ -147,20 +147,18 @@ class StreamServer(StreamNetdev):
     def __init__(self, path: str) -> None:
         """OSError when *path* cannot be listened on."""
         super().__init__(f"stream at {path}")
-        self._listener = Listener.bind(path)
-        self._listener.sock.setblocking(False)
+        self._listener = UnixListener(path)
 
     def watched(self, queue: int) -> int:
         """The connection, or what brings the next one."""
-        return super().watched(queue) if self._sock is not None else self._listener.sock.fileno()
+        return super().watched(queue) if self._sock is not None else self._listener.fileno()
 
     def receive(self, queue: int) -> list[bytes]:
         """Frames, or a client."""
         if self._sock is not None:
             return super().receive(queue)
-        with contextlib.suppress(OSError):  # whoever rang is gone again
-            client, _ = self._listener.sock.accept()
-            self.leaving(self._listener.sock.fileno())
+        if (client := self._listener.accept()) is not None:
+            self.leaving(self._listener.fileno())
             self._take(client)
         return []
 

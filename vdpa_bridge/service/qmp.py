@@ -303,13 +303,17 @@ class Monitor:
         await asyncio.gather(coming, stop, *self._sessions, return_exceptions=True)
 
     async def _come(self) -> None:
+        waits = False
         while True:
             try:
                 client, _ = await self._loop.sock_accept(self._listener.sock)
             except OSError as error:
-                log(logging.WARNING, "qmp", f"a client has to wait: {reason(error)}")
+                if not waits:
+                    log(logging.WARNING, "qmp", f"a client has to wait: {reason(error)}")
+                waits = True
                 await asyncio.sleep(_PATIENCE)
                 continue
+            waits = False
             if len(self._sessions) >= MOST_CLIENTS:
                 log(logging.WARNING, "qmp", f"a client is turned away: {MOST_CLIENTS} are here")
                 client.close()

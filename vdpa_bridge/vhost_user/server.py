@@ -87,6 +87,7 @@ class Server:
         if not self._listens and not self._brings:
             self._serve_and_close(self._listener)
             return
+        waits = False
         while not self._stopping.is_set():
             try:
                 client = self._brought() if self._brings else self._listener.accept()[0]
@@ -95,9 +96,12 @@ class Server:
                     return
                 if error.errno not in _PASSING:
                     raise
-                _log.warning("%s: a client has to wait: %s", self.path, reason(error))
+                if not waits:
+                    _log.warning("%s: a client has to wait: %s", self.path, reason(error))
+                waits = True
                 self._stopping.wait(_PAUSE)
                 continue
+            waits = False
             if client is None:
                 return
             self._serve_and_close(client)
