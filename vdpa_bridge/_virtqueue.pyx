@@ -472,3 +472,4 @@ def ring_layout(num, table_entries=0, bint packed=False):
 include "_virtqueue_poll.pxi"
 include "_virtqueue_relay.pxi"
 include "_virtqueue_engine.pxi"
+include "_virtqueue_tap.pxi"

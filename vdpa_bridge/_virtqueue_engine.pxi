@@ -23,6 +23,7 @@ cdef extern from "engine.h" nogil:
     void loop_destroy(loop *l)
     int loop_add(loop *l, engine *e)
     void loop_remove(loop *l, engine *e)
+    int loop_refit(loop *l, engine *e, int fd)
     int loop_watch(loop *l, engine *e, int kick)
     void loop_unwatch(loop *l, int kick)
     void loop_look(loop *l, engine *e)
@@ -94,9 +95,11 @@ cdef class Gate:
         self.lock.release()
 
 
+
 cdef class Engine:
     cdef engine *core
     cdef list queues
+    cdef Loop loop  # while one of its queues is served
     cdef readonly object served
     cdef readonly object thread
     cdef int kicks[ENGINE_RINGS]
@@ -248,6 +251,7 @@ cdef class Loop:
                 self.engines[<uintptr_t> engine.core] = engine
         else:
             loop_look(&self.core, engine.core)
+        engine.loop = self
         if not error and kick >= 0:
             error = -loop_watch(&self.core, engine.core, kick)
         if error:
@@ -265,6 +269,7 @@ cdef class Loop:
         engine.queues[at] = None
         if not any(engine.queues) and self.engines.pop(<uintptr_t> engine.core, None) is not None:
             loop_remove(&self.core, engine.core)
+            engine.loop = None
 
     def look(self, Engine engine not None):
         if <uintptr_t> engine.core in self.engines:

@@ -11,6 +11,6 @@ batches, when what they had in flight has been handed back.
 
 from __future__ import annotations
 
-from ._virtqueue import BlkEngine, BlkMemory, Engine, Gate, Loop, NetEngine
+from ._virtqueue import BlkEngine, BlkMemory, Engine, Gate, Loop, NetEngine, NetFilter, TapEngine
 
-__all__ = ["BlkEngine", "BlkMemory", "Engine", "Gate", "Loop", "NetEngine"]
+__all__ = ["BlkEngine", "BlkMemory", "Engine", "Gate", "Loop", "NetEngine", "NetFilter", "TapEngine"]

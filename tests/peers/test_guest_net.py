@@ -25,6 +25,7 @@ from tests.support.cable import frame
 from tests.support.driven import opened
 from tests.support.guest import QEMU, run_guest
 from tests.support.netns import namespace
+from tests.support.programs import program
 from tests.support.seen import Seen
 from tests.support.tally import tallied
 from tests.support.tapped import tap_name, tapped
@@ -131,6 +132,7 @@ def test_guest_on_a_tap(short_dir: Path, file: bytes, seen: Seen, offloads: bool
             assert f"got {md5(file)}" in result.output
             assert sink.communicate(timeout=10)[0].strip() == md5(file)
         assert isinstance(model.path, Exchange)
+        assert model.threads == 1
         sent, received = model.path.sent, model.path.received
         assert (sent.dropped, received.dropped) == (0, 0)
         if offloads:
@@ -142,6 +144,22 @@ def test_guest_on_a_tap(short_dir: Path, file: bytes, seen: Seen, offloads: bool
             assert sent.frames > SIZE // 1500
     if offloads:
         seen("clients", "QEMU", "net", "model", "split", "tap")
+
+
+def test_guest_on_a_tap_of_a_sandboxed_program(short_dir: Path, file: bytes) -> None:
+    """The same TCP both ways, with the tap's queue in a process that can reach nothing else."""
+    name, path = tap_name(), short_dir / "s"
+    with program("net", "--socket-path", str(path), "--tap", name, "-v") as server, namespace("p") as outside:
+        server.logs("ready")
+        outside.take(name, f"{HERE}/24")
+        with outside.http(short_dir / "www", HERE), outside.sink(HERE) as sink:
+            result = run_guest(TRANSFER, modules=["virtio_net"], qemu_args=qemu(path), timeout=90)
+            assert result.status == 0, result.output + result.errors + result.log
+            assert "2 packets received" in result.output
+            assert f"got {md5(file)}" in result.output
+            assert sink.communicate(timeout=10)[0].strip() == md5(file)
+        server.end()
+        assert "lost" not in server.log
 
 
 def test_guest_on_a_tap_with_two_queues(short_dir: Path, file: bytes, seen: Seen) -> None:
@@ -191,11 +209,12 @@ def test_guest_with_user_networking(short_dir: Path, file: bytes, seen: Seen) ->
     seen("clients", "QEMU", "net", "model", "split")
 
 
-def test_system_to_system(short_dir: Path, file: bytes) -> None:
-    """A kernel's tap, the model, vhost-user, our driver, a tap of another namespace."""
+@pytest.mark.parametrize("threads", [0, 1])
+def test_system_to_system(short_dir: Path, file: bytes, threads: int) -> None:
+    """A kernel's tap, the model or its engine, vhost-user, our driver, a tap of another namespace."""
     near, path = tap_name(), short_dir / "s"
     with (
-        served(f"model:net?tap={near}&mtu=4000", path) as model,
+        served(f"model:net?tap={near}&mtu=4000&threads={threads}", path) as model,
         namespace("n") as here,
         namespace("f") as there,
         tapped(f"vhost-user:{path}?type=net") as far,

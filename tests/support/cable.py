@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Iterator
+
+import pytest
 
 from vdpa_bridge.models import NetModel
 from vdpa_bridge.netdev import HEADER, LONGEST, Netdev
@@ -54,6 +57,14 @@ class Cable(Netdev):
     def said(self) -> bool:
         """Whether a packet came out at the far end."""
         return bool(select.select([self.far], [], [], 0.05)[0])
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["model", "engine"])
+def native(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether queue pairs have an engine."""
+    Cable.native = request.param
+    yield request.param
+    Cable.native = False
 
 
 def device(cable: Cable, mac: bytes = OWN) -> NetModel:

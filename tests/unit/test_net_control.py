@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.cable import OTHER, OWN, Cable, device, frame
+from tests.support.cable import OTHER, OWN, Cable, device, frame, native
 from tests.support.driven import opened, quiet
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.device import Device
@@ -22,7 +22,7 @@ from vdpa_bridge.models.net.control import Control
 from vdpa_bridge.netdev import PLAIN
 from vdpa_bridge.virtio.features import NetFeature as F
 
-__all__ = ["quiet"]  # an autouse fixture
+__all__ = ["native", "quiet"]  # autouse fixtures
 
 CTRL = 2
 ALL = int(sum(F)) & ~F.MQ

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.cable import Cable, device, frame
+from tests.support.cable import Cable, device, frame, native
 from tests.support.driven import opened, quiet
 from vdpa_bridge.drivers import Driver
 from vdpa_bridge.drivers.base import RING_FEATURES, Posted
@@ -23,7 +23,7 @@ from vdpa_bridge.models.net import Exchange, offload
 from vdpa_bridge.netdev import HEADER, LONGEST, PLAIN
 from vdpa_bridge.virtio.features import NetFeature as F
 
-__all__ = ["quiet"]  # an autouse fixture
+__all__ = ["native", "quiet"]  # autouse fixtures
 
 RX, TX = 0, 1
 HOST = F.CSUM | F.HOST_TSO4 | F.HOST_TSO6 | F.HOST_ECN | F.HOST_UFO | F.HOST_USO

@@ -50,7 +50,8 @@ struct engine_ops {
 struct engine {
 	const struct engine_ops *ops;
 	struct engine_ring rings[ENGINE_RINGS];
-	int fd; /* readable when there is something besides kicks, or -1; set before it joins a loop */
+	int fd; /* readable when there is something besides kicks, or -1; see loop_refit */
+	bool writes; /* the loop looks at it, too, once `fd` can be written to again */
 	uint32_t in_flight;
 	bool hot; /* the loop looks at it by itself, kicks are off */
 	bool asks; /* the loop leaves it alone until its owner has looked */
@@ -84,6 +85,9 @@ void loop_destroy(struct loop *loop);
 /* An engine comes in, and is looked at; 0, -ENOSPC, or epoll's error. */
 int loop_add(struct loop *loop, struct engine *engine);
 void loop_remove(struct loop *loop, struct engine *engine);
+
+/* From now on `fd` is the engine's, or -1, and is watched when the engine is in the loop. The one before is still open. 0 or epoll's error. */
+int loop_refit(struct loop *loop, struct engine *engine, int fd);
 
 /* Kicks wake the engine, which is in the loop. 0 or epoll's error. */
 int loop_watch(struct loop *loop, struct engine *engine, int kick);

@@ -91,6 +91,11 @@ static uint32_t slot_of(const struct loop *loop, const struct engine *engine)
 	return at;
 }
 
+static uint32_t events_of(const struct engine *engine)
+{
+	return EPOLLIN | EPOLLET | (engine->writes ? (uint32_t)EPOLLOUT : 0);
+}
+
 int loop_add(struct loop *loop, struct engine *engine)
 {
 	uint32_t at = slot_of(loop, NULL);
@@ -98,7 +103,7 @@ int loop_add(struct loop *loop, struct engine *engine)
 
 	if (at == LOOP_ENGINES)
 		return -ENOSPC;
-	error = engine->fd < 0 ? 0 : watch(loop, engine->fd, EPOLLIN | EPOLLET, at);
+	error = engine->fd < 0 ? 0 : watch(loop, engine->fd, events_of(engine), at);
 	if (error)
 		return error;
 	loop->engines[at] = engine;
@@ -116,6 +121,16 @@ void loop_remove(struct loop *loop, struct engine *engine)
 	if (engine->fd >= 0)
 		loop_unwatch(loop, engine->fd);
 	loop->engines[at] = NULL;
+}
+
+int loop_refit(struct loop *loop, struct engine *engine, int fd)
+{
+	uint32_t at = slot_of(loop, engine);
+
+	if (at != loop->count && engine->fd >= 0)
+		loop_unwatch(loop, engine->fd);
+	engine->fd = fd;
+	return at == loop->count || fd < 0 ? 0 : watch(loop, fd, events_of(engine), at);
 }
 
 int loop_watch(struct loop *loop, struct engine *engine, int kick)

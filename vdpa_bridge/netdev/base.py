@@ -43,6 +43,8 @@ class Netdev(ABC):
     """Sockets that are connected to later."""
     controls: tuple[int, ...] = ()
     """Requests by ioctl(2) on what it has open."""
+    native: bool = False
+    """Whether each read from a descriptor gives one packet, and each write takes one, as they are here: an engine can do both."""
     capture: Capture | None = None
     """What notes the frames that pass; closed with this one."""
     leaving: Callable[[int], None] = staticmethod(lambda fd: None)
@@ -101,6 +103,18 @@ class Netdev(ABC):
 
     def start(self, features: int) -> None:  # noqa: B027 - most wires carry frames alone
         """A driver is ready that accepted *features*."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is to be asked of the other side before the next packet comes."""
+        return True
+
+    def settle(self) -> None:  # noqa: B027
+        """Ask it."""
+
+    def failed(self, error: OSError) -> None:
+        """An engine saw a packet lost."""
+        self._lose(error)
 
     def use(self, queue: int, on: bool) -> None:  # noqa: B027 - most have one queue, always used
         """Whether the driver uses a queue pair; one that it does not use gets no frames."""

@@ -39,6 +39,8 @@ _GONE = (errno.EBADFD, errno.EBADF, errno.ENODEV)
 class TapNetdev(Netdev):
     """The interface *name*, with a queue for each pair. One that is made here is brought up and goes with this object."""
 
+    native = True
+
     def __init__(self, name: str, queues: int = 1, mtu: int = 0) -> None:
         """*mtu* is given to an interface that is made here. OSError with what to type, ValueError for what is no name."""
         super().__init__()
@@ -77,7 +79,12 @@ class TapNetdev(Netdev):
             flags &= ~_USO
         self._wanted = flags if flags & F_CSUM else 0
 
-    def _leave(self) -> None:
+    @property
+    def settled(self) -> bool:
+        """Whether the tap knows what to leave to the driver."""
+        return self._given == self._wanted or not self.link
+
+    def settle(self) -> None:
         """Have the kernel leave what is wanted to the driver."""
         if self.link and self._given != self._wanted:
             try:
@@ -86,6 +93,10 @@ class TapNetdev(Netdev):
                 self._went(error)
             else:
                 self._given = self._wanted
+
+    def failed(self, error: OSError) -> None:
+        """It may have said that the interface is gone."""
+        (self._went if error.errno in _GONE else self._lose)(error)
 
     def watched(self, queue: int) -> int:
         """None, once the interface is gone or for a queue that is not used: polling them would not wait."""
@@ -107,7 +118,7 @@ class TapNetdev(Netdev):
 
     def receive(self, queue: int) -> list[bytes]:
         """One read each."""
-        self._leave()
+        self.settle()
         packets: list[bytes] = []
         fd = self.watched(queue)
         while fd >= 0 and len(packets) < BATCH:
@@ -157,7 +168,7 @@ class TapNetdev(Netdev):
         for queue in range(1, self.queues):
             self.use(queue, False)
         self._wanted = 0
-        self._leave()
+        self.settle()
 
     def close(self) -> None:
         """Detach."""

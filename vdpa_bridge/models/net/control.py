@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from ...engines import NetFilter
 from ...netdev import HEADER
 from ...virtio.features import NetFeature as F
 from .offload import GUEST_OFFLOADS
@@ -133,6 +134,20 @@ class Control:
             return False
         table = self.tables[group]
         return modes["allmulti" if group else "alluni"] or table is None or to in table or (not group and to == self.mac)
+
+    def filter(self) -> NetFilter:
+        """The same for an engine, as it is now."""
+        modes = self.modes
+        any_unicast, any_multicast = (table is None for table in self.tables)
+        return NetFilter(
+            self.mac,
+            promisc=modes["promisc"],
+            every=(modes["alluni"] or any_unicast, modes["allmulti"] or any_multicast),
+            none=(modes["nouni"], modes["nomulti"]),
+            nobcast=modes["nobcast"],
+            tables=(self.tables[0] or (), self.tables[1] or ()),
+            vlans=self.vlans if self.features & F.CTRL_VLAN else None,
+        )
 
     def snapshot(self) -> dict[str, Any]:
         """All of it, as plain values."""

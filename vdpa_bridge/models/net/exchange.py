@@ -8,11 +8,13 @@ is lost otherwise is counted: frames that are none, that leave undone what was n
 
 from __future__ import annotations
 
+import os
 import select
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from ...engines import TapEngine
 from ...netdev import HEADER, LONGEST, Netdev
 from ...virtio.features import NetFeature as F
 from ...virtqueue import Chain
@@ -35,6 +37,10 @@ class Tally:
     """Of those, such as are still to be cut into segments."""
     dropped: int = 0
 
+    def plus(self, engines: Iterable[tuple[int, int, int]]) -> Tally:
+        """With those of engines."""
+        return Tally(*map(sum, zip((self.frames, self.large, self.dropped), *engines, strict=True)))
+
 
 class Exchange:
     """Each queue pair with a queue of *wire*, which it holds. See ``model.DataPath``."""
@@ -45,7 +51,8 @@ class Exchange:
         self._sources, self._control, self._changed = sources, control, changed
         self.features = wire.offloads | F.MRG_RXBUF | F.CTRL_RX | F.CTRL_RX_EXTRA | F.CTRL_VLAN | F.GUEST_ANNOUNCE
         self.reaches, self.controls = wire.reaches, wire.controls
-        self.sent, self.received = Tally(), Tally()
+        self._sent, self._received = Tally(), Tally()
+        self._engines: dict[int, TapEngine] = {}
         self._up = True
         self._accepted = 0
         self._header = HEADER
@@ -67,6 +74,7 @@ class Exchange:
         """See ``Model.start``; *header* is the size of the driver's virtio_net_hdr."""
         self._accepted, self._header = features, header
         self._merge = bool(features & F.MRG_RXBUF)
+        self._retire()
         self.follow()
         for pair in range(self.wire.queues):
             self._await(pair)
@@ -77,20 +85,26 @@ class Exchange:
         self.wire.start(self._accepted)
         for pair in range(self._control.used, self.wire.queues):
             self._use(pair, False)
+        self._tell()
 
     def set_link(self, up: bool) -> None:
         """Whether the device is plugged in."""
         self._up = up
         self.wire.set_link(up)
+        self._tell()
 
     def serve(self, queues: Mapping[int, Queue], index: int) -> None:
         """The driver kicked."""
         pair = index // 2
-        if index % 2:
-            self._transmit(queues[index], pair)
-        elif pair < self._control.used:
-            self._use(pair, True)
-            self._receive(queues[index], pair)
+        if pair in self._engines:
+            self._attend(self._engines[pair], pair, 2 * pair in queues)
+        else:
+            if pair < self._control.used and 2 * pair in queues:
+                self._use(pair, True)
+            if index % 2:
+                self._transmit(queues[index], pair)
+            elif pair < self._control.used:
+                self._receive(queues[index], pair)
         self._await(pair)
 
     def refresh(self) -> None:
@@ -100,16 +114,73 @@ class Exchange:
             self._await(pair)
 
     def stop(self) -> None:
-        """The driver is gone."""
+        """The driver is gone, and what was about to be received with it."""
+        served = list(self._engines)
+        self._retire()
         self._late.clear()
         self._more.clear()
         self.wire.stop()
+        for pair in served:
+            self.wire.receive(pair)
         for pair in range(self.wire.queues):
             self._await(pair)
 
     def close(self) -> None:
         """The wire goes with the last one that holds it."""
         self.wire.release()
+
+    # Engines -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> bool:
+        """Whether engines can do this. They note no frames."""
+        return self.wire.native and self.wire.capture is None
+
+    def engine(self, pair: int, thread: int) -> TapEngine:
+        """What does the same in C for a queue pair. The wire is left to it: here, it is only seen to."""
+        if pair not in self._engines:
+            self._engines[pair] = TapEngine(pair, self._header, merge=self._merge, thread=thread)
+            self._late.pop(pair, None)
+            self._more.discard(pair)
+            self._tell()
+            self._await(pair)
+        return self._engines[pair]
+
+    def _tell(self) -> None:
+        """What commands said counts at once."""
+        if not self._engines:
+            return
+        terms = {"from_driver": offload.terms(self._accepted, True), "to_driver": offload.terms(self._accepted, False)}
+        for pair, engine in self._engines.items():
+            engine.follow(wants=self._control.filter(), **terms, used=pair < self._control.used, plugged=self._up)
+            if not self.wire.settled:
+                engine.ask()
+
+    def _attend(self, engine: TapEngine, pair: int, receives: bool) -> None:
+        """It asked: for the wire, or because of an error."""
+        if error := engine.failed():
+            self.wire.failed(OSError(error, os.strerror(error)))
+        if receives and pair < self._control.used:
+            self.wire.use(pair, True)
+        self.wire.settle()
+        engine.use(self.wire.watched(pair), gone=not self.wire.link)
+
+    def _retire(self) -> None:
+        """Engines go with their driver; the wire is everybody's again."""
+        self._sent, self._received = self.sent, self.received
+        engines, self._engines = self._engines, {}
+        for engine in engines.values():
+            engine.use(-1)
+
+    @property
+    def sent(self) -> Tally:
+        """What came from drivers."""
+        return self._sent.plus(engine.sent for engine in self._engines.values())
+
+    @property
+    def received(self) -> Tally:
+        """What came for them."""
+        return self._received.plus(engine.received for engine in self._engines.values())
 
     # The wire ----------------------------------------------------------------------------------------------------------
 
@@ -121,6 +192,9 @@ class Exchange:
 
     def _left(self, fd: int) -> None:
         """A descriptor is about to be closed, or worth no look any more."""
+        for engine in self._engines.values():
+            if engine.fd == fd:
+                engine.use(-1, gone=not self.wire.link)
         self._sources.remove(fd)
         for pair, watched in list(self._watched.items()):
             if watched == fd:
@@ -131,7 +205,7 @@ class Exchange:
         self.wire.leaving = self._left
         fd = self.wire.watched(pair)
         if fd >= 0:
-            events = 0 if pair in self._late else select.EPOLLIN
+            events = 0 if pair in self._late or pair in self._engines else select.EPOLLIN
             if self.wire.blocked(pair) or pair in self._more:
                 events |= select.EPOLLOUT
             if pair not in self._watched:
@@ -180,10 +254,10 @@ class Exchange:
             packet = packet[: self._header] + bytes(HEADER - self._header) + packet[self._header :]
         checked = offload.sent(packet, self._accepted) if len(packet) <= HEADER + LONGEST else None
         if checked is None or not self._up or pair >= self._control.used:
-            self.sent.dropped += 1
+            self._sent.dropped += 1
             return
-        self.sent.frames += 1
-        self.sent.large += checked[1] != offload.GSO_NONE
+        self._sent.frames += 1
+        self._sent.large += checked[1] != offload.GSO_NONE
         if (capture := self.wire.capture) is not None:
             capture.frame(checked[HEADER:], sent=True)
         self.wire.send(pair, checked)
@@ -203,7 +277,7 @@ class Exchange:
                 capture.frame(packet[HEADER:], sent=False)
             checked = offload.received(packet, self._accepted)
             if checked is None or not self._up:
-                self.received.dropped += 1
+                self._received.dropped += 1
             elif self._control.accepts(checked):
                 packets.append(checked)
         return packets
@@ -218,14 +292,14 @@ class Exchange:
             buffers = self._find(rx, room, size)
             if sum(buffer.writable for buffer in buffers) >= size:
                 done += self._fill(buffers, packet)
-                self.received.frames += 1
-                self.received.large += packet[1] != offload.GSO_NONE
+                self._received.frames += 1
+                self._received.large += packet[1] != offload.GSO_NONE
                 continue
             room.extendleft(reversed(buffers))
             if self._merge or not buffers:
                 late = packets[at:]
                 break
-            self.received.dropped += 1
+            self._received.dropped += 1
         rx.push(done)
         rx.put_back(list(room))
         return late

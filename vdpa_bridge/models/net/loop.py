@@ -31,6 +31,7 @@ class Loopback:
 
     features = 0
     link = True
+    native = True
     reaches: tuple[str, ...] = ()
     controls: tuple[int, ...] = ()
 

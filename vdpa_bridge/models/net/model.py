@@ -60,6 +60,13 @@ class DataPath(Protocol):
     def serve(self, queues: Mapping[int, Queue], index: int) -> None:
         """A data queue may hold chains."""
 
+    @property
+    def native(self) -> bool:
+        """Whether it has engines."""
+
+    def engine(self, pair: int, thread: int) -> Engine:
+        """The one of a queue pair, in that thread; while it serves a queue, ``serve`` is called for what it asks for."""
+
     def set_link(self, up: bool) -> None:
         """Plugged in or not."""
 
@@ -99,7 +106,8 @@ class NetModel(Model):
     ) -> None:
         """*mac* is six bytes, *mtu* in bytes without the Ethernet header, *speed* in Mbit/s, 0 if not told.
 
-        Without a *wire* frames come back by *rule* (``loop.RULES``), on that many *threads*, 0 for none of an engine's."""
+        Without a *wire* frames come back by *rule* (``loop.RULES``). *threads* is of engines, 0 for none: they serve what has no wire, and
+        wires that are ``native``."""
         self.mtu = mtu
         self.pairs = pairs
         self.queue_count = 2 * pairs + 1
@@ -108,10 +116,10 @@ class NetModel(Model):
         """Whether the device is plugged in; ``plug`` changes it."""
         self.control = Control(mac, pairs)
         self.path: DataPath = Loopback(self.control, rule)
-        self.threads = threads if wire is None and type(self) is NetModel else 0
         if wire is not None:
             self.sources = Sources()
             self.path = Exchange(wire, self.sources, self.control, self._link_changed)
+        self.threads = threads if self.path.native and type(self) is NetModel else 0
         self.path.set_link(up)
         self.needs = Needs(connect=self.path.reaches, controls=self.path.controls)
         self.features |= self.path.features
@@ -125,7 +133,7 @@ class NetModel(Model):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:
-        """``mac=52:54:00:12:34:56``, ``mtu=1500``, ``pairs=N``, ``link=down``, ``speed=MBITS``, and a wire (``wires.OPTIONS``) or ``rule=echo`` and ``threads=N``."""
+        """``mac=52:54:00:12:34:56``, ``mtu=1500``, ``pairs=N``, ``link=down``, ``speed=MBITS``, a wire (``wires.OPTIONS``) or ``rule=echo``, and ``threads=N``."""
         return cls._make(options)
 
     @classmethod
@@ -154,8 +162,8 @@ class NetModel(Model):
         if (rule := options.get("rule", "loop")) not in RULES:
             raise ValueError(f"rule={rule}; it is {', '.join(RULES)}")
         threads = parse_count("threads", options.get("threads", "1"), 0, pairs)
-        if options.keys() & {"rule", "threads"} and options.keys() & set(OPTIONS):
-            raise ValueError("rule= and threads= are for devices without a wire")
+        if options.keys() & {"rule", "threads"} and options.keys() & set(OPTIONS) - ({"tap"} if "rule" not in options else set()):
+            raise ValueError("rule= is for devices without a wire, threads= for these and taps that nothing captures")
         wire = wire or open_wire(options, pairs, mtu)
         mtu = mtu or (wire.mtu if wire is not None else 0) or DEFAULT_MTU
         return cls(mac, mtu, pairs, wire=wire, up=link == "up", speed=speed, rule=rule, threads=threads)
@@ -196,8 +204,8 @@ class NetModel(Model):
         self.path.stop()
 
     def engine(self, index: int) -> Engine | None:
-        """One for each queue pair, where there is no wire."""
-        if not self.threads or index >= self._ctrl or not isinstance(self.path, Loopback):
+        """One for each queue pair, where the data path has them."""
+        if not self.threads or index >= self._ctrl:
             return None
         return self.path.engine(index // 2, index // 2 % self.threads)
 

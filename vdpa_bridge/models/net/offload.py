@@ -27,6 +27,16 @@ GUEST_OFFLOADS = F.GUEST_CSUM | F.GUEST_TSO4 | F.GUEST_TSO6 | F.GUEST_ECN | F.GU
 """Which a driver can put on and off while it runs (virtio 1.2, 5.1.6.5.6)."""
 
 
+def terms(features: int, sent: bool) -> tuple[bool, bool, bool, int]:
+    """The same rules in the words of an engine (``_virtqueue.Terms``)."""
+    kinds = _SENT if sent else _RECEIVED
+    gso = sum(1 << kind for kind, any_of in kinds.items() if features & any_of)
+    if sent:
+        return bool(features & F.CSUM), bool(features & F.HOST_ECN), False, gso
+    csum = bool(features & F.GUEST_CSUM)
+    return csum, bool(features & F.GUEST_ECN), csum, gso
+
+
 def sent(packet: bytes, features: int) -> bytes | None:
     """What a driver that accepted *features* sends, as it can be handed on; None for what it may not leave undone, and for what is no frame."""
     if len(packet) < HEADER + SHORTEST:
