@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from tests.support.cable import OTHER, OWN, frame
 from tests.support.driven import opened
 from tests.support.tapped import Wire, exists, ip, tap_name
+from vdpa_bridge import Device, ops
 from vdpa_bridge._virtqueue import header_agreed
+from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.drivers import Driver, NetDriver
 from vdpa_bridge.drivers.base import RING_FEATURES
 from vdpa_bridge.engines import NetFilter, TapEngine
@@ -30,6 +32,7 @@ from vdpa_bridge.models.net import Exchange, offload
 from vdpa_bridge.models.net.control import Control
 from vdpa_bridge.netdev import HEADER, PLAIN
 from vdpa_bridge.virtio.features import NetFeature as F
+from vdpa_bridge.wire import VringState
 
 RX, TX, CTRL = 0, 1, 2
 KIND = b"\x88\xb5"
@@ -194,6 +197,54 @@ def test_pairs_join_and_leave(threads: str) -> None:
                     with contextlib.suppress(TimeoutError):
                         got.append(nic.receive(pair=pair, timeout=0.01))
             assert sorted(map(len, got)) == [60 + number for number in range(40)]
+
+
+def flow(port: int) -> bytes:
+    """A datagram of one of many flows, which a tap spreads over its queues."""
+    udp = struct.pack(">HHHH", port, 9, 28, 0) + bytes(20)
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, bytes((10, 9, 0, 1)), bytes((10, 9, 0, 2)))
+    return OWN + OTHER + b"\x08\0" + head[:10] + struct.pack(">H", checksum(head)) + head[12:] + udp
+
+
+def test_ring_that_is_put_off_takes_no_frames(threads: str) -> None:
+    """Its queue leaves the tap with the first frame that comes for it; all later ones come by the other pair, until it is back."""
+    flows = {flow(5000 + number) for number in range(64)}
+    with on_tap(threads, pairs=2) as (model, name), opened(model) as there, Wire(name) as wire, NetDriver(there, pairs=2) as nic:
+
+        def come(pairs: int) -> bool:
+            """Whether all flows arrive, by so many pairs."""
+            for data in flows:
+                wire.send(data)
+            got: dict[int, set[bytes]] = {pair: set() for pair in range(2)}
+            end = time.monotonic() + 1
+            while len(got[0] | got[1]) < len(flows) and time.monotonic() < end:
+                for pair in range(2):
+                    with contextlib.suppress(TimeoutError):
+                        got[pair].add(nic.receive(pair=pair, timeout=0.005))
+            return got[0] | got[1] == flows and sum(map(bool, got.values())) == pairs
+
+        until(lambda: come(2))
+        assert isinstance(model.path, Exchange)
+        there.backend.call(ops.SET_VRING_ENABLE, VringState(2, 0))
+        until(lambda: come(1))
+        there.backend.call(ops.SET_VRING_ENABLE, VringState(2, 1))
+        until(lambda: come(2))
+
+
+def test_newer_code_goes_on_with_the_tap(threads: str) -> None:
+    """``serve --reload``: the successor has the tap, and what the driver said."""
+    with on_tap(threads) as (model, name):
+        home = ModelDevice(model, "model:test")
+        try:
+            with Device(home.open()) as there, Wire(name) as wire, NetDriver(there) as nic:
+                for number in range(3):
+                    nic.send(frame(2 * number))
+                    assert came(wire, number + 1)[number] == frame(2 * number)
+                    wire.send(frame(2 * number + 1))
+                    assert nic.receive(timeout=PATIENCE) == frame(2 * number + 1)
+                    home.replace(lambda old: NetModel.succeed(old, {"tap": name, "threads": threads, "mac": OWN.hex(":")}))
+        finally:
+            home.close()
 
 
 @pytest.mark.parametrize("action", ["suspend", "restart", "plug"])

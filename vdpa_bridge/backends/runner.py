@@ -280,6 +280,7 @@ class Runner:
         if ring.engine is not None:
             self._workers.detach(ring.engine, index)
             ring.engine = None
+            self.model.rests(index)
         elif ring.kick is not None:
             self._epoll.unregister(ring.kick.fd)
 

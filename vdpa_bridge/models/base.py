@@ -122,6 +122,9 @@ class Model(ABC):
         """
         return None
 
+    def rests(self, index: int) -> None:  # noqa: B027
+        """The engine of queue *index* serves it no more; another queue of the same engine may go on."""
+
     def refresh(self) -> str:
         """Look anew at what may have changed outside (the size of a file); what did, for the log, empty if nothing."""
         return ""

@@ -53,6 +53,7 @@ class Exchange:
         self.reaches, self.controls = wire.reaches, wire.controls
         self._sent, self._received = Tally(), Tally()
         self._engines: dict[int, TapEngine] = {}
+        self._receiving: set[int] = set()
         self._up = True
         self._accepted = 0
         self._header = HEADER
@@ -136,15 +137,24 @@ class Exchange:
         """Whether engines can do this. They note no frames."""
         return self.wire.native and self.wire.capture is None
 
-    def engine(self, pair: int, thread: int) -> TapEngine:
-        """What does the same in C for a queue pair. The wire is left to it: here, it is only seen to."""
+    def engine(self, index: int, thread: int) -> TapEngine:
+        """What does the same in C for a queue pair. The wire is left to it while it receives: here, it is only seen to."""
+        pair = index // 2
         if pair not in self._engines:
             self._engines[pair] = TapEngine(pair, self._header, merge=self._merge, thread=thread)
-            self._late.pop(pair, None)
             self._more.discard(pair)
             self._tell()
-            self._await(pair)
+        if index % 2 == 0:
+            self._receiving.add(pair)
+            self._late.pop(pair, None)
+        self._await(pair)
         return self._engines[pair]
+
+    def rests(self, index: int) -> None:
+        """Frames for a receive queue that is gone come to us again, so that its pair leaves."""
+        if index % 2 == 0:
+            self._receiving.discard(index // 2)
+            self._await(index // 2)
 
     def _tell(self) -> None:
         """What commands said counts at once."""
@@ -169,6 +179,7 @@ class Exchange:
         """Engines go with their driver; the wire is everybody's again."""
         self._sent, self._received = self.sent, self.received
         engines, self._engines = self._engines, {}
+        self._receiving.clear()
         for engine in engines.values():
             engine.use(-1)
 
@@ -205,7 +216,7 @@ class Exchange:
         self.wire.leaving = self._left
         fd = self.wire.watched(pair)
         if fd >= 0:
-            events = 0 if pair in self._late or pair in self._engines else select.EPOLLIN
+            events = 0 if pair in self._late or pair in self._receiving else select.EPOLLIN
             if self.wire.blocked(pair) or pair in self._more:
                 events |= select.EPOLLOUT
             if pair not in self._watched:
@@ -223,7 +234,7 @@ class Exchange:
                 self._transmit(tx, pair)
             else:
                 self._more.discard(pair)
-        if events & ~select.EPOLLOUT:
+        if events & ~select.EPOLLOUT and pair not in self._receiving:
             if (rx := queues.get(2 * pair)) is not None:
                 self._receive(rx, pair)
             elif pair:

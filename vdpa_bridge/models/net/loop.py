@@ -49,12 +49,16 @@ class Loopback:
         self._kept.clear()
         self._engines.clear()
 
-    def engine(self, pair: int, thread: int) -> NetEngine:
+    def engine(self, index: int, thread: int) -> NetEngine:
         """What does the same in C for a queue pair."""
+        pair = index // 2
         if pair not in self._engines:
             self._engines[pair] = NetEngine(pair, self._rule, self._header, thread=thread)
             self.follow()
         return self._engines[pair]
+
+    def rests(self, index: int) -> None:
+        """A pair loops back when both of its queues are there."""
 
     def follow(self) -> None:
         """Engines are told; here, addresses and pairs in use are looked up for each frame."""

@@ -64,8 +64,11 @@ class DataPath(Protocol):
     def native(self) -> bool:
         """Whether it has engines."""
 
-    def engine(self, pair: int, thread: int) -> Engine:
-        """The one of a queue pair, in that thread; while it serves a queue, ``serve`` is called for what it asks for."""
+    def engine(self, index: int, thread: int) -> Engine:
+        """The one of a queue's pair, in that thread; while it serves a queue, ``serve`` is called for what it asks for."""
+
+    def rests(self, index: int) -> None:
+        """See ``Model.rests``."""
 
     def set_link(self, up: bool) -> None:
         """Plugged in or not."""
@@ -207,7 +210,11 @@ class NetModel(Model):
         """One for each queue pair, where the data path has them."""
         if not self.threads or index >= self._ctrl:
             return None
-        return self.path.engine(index // 2, index // 2 % self.threads)
+        return self.path.engine(index, index // 2 % self.threads)
+
+    def rests(self, index: int) -> None:
+        """The data path may have something to do instead."""
+        self.path.rests(index)
 
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         """Serve a batch of one queue."""
