@@ -48,6 +48,7 @@ cdef extern from "blk_engine.h" nogil:
     struct blk_engine:
         engine engine
         uint64_t capacity
+        uint32_t block
         bint stable_writes
         int failure
         uring uring
@@ -142,7 +143,7 @@ cdef class BlkEngine(Engine):
     cdef BlkMemory memory
     cdef bint made
 
-    def __init__(self, Py_ssize_t index, int file, object capacity, *, object medium="cached", BlkMemory memory=None, int direct=-1, uint32_t align=512,
+    def __init__(self, Py_ssize_t index, int file, object capacity, *, object medium="cached", BlkMemory memory=None, int direct=-1, uint32_t align=512, uint32_t block=1,
                  bint readonly=False, bint stable_writes=False, bint io_uring=True, uint32_t depth=128, object thread=0):
         cdef blk_config config
         names = {"cached": BLK_CACHED, "resident": BLK_RESIDENT, "direct": BLK_DIRECT, "null": BLK_NULL}
@@ -152,6 +153,8 @@ cdef class BlkEngine(Engine):
             raise ValueError(f"depth {depth} is not a power of 2 up to {1 << 15}")
         if not align or align & (align - 1):
             raise ValueError(f"alignment {align} is not a power of 2")
+        if not block or block & (block - 1):
+            raise ValueError(f"{block} sectors in a block, which is not a power of 2")
         config.medium, config.file, config.direct, config.align, config.depth = names[medium], file, direct, align, depth
         config.readonly, config.uring, self.memory = readonly, io_uring, memory
         config.memory = NULL if memory is None else &memory.memory
@@ -160,7 +163,7 @@ cdef class BlkEngine(Engine):
         if blk_engine_init(&self.blk, &config):
             raise MemoryError
         self.made = True
-        self.blk.capacity, self.blk.stable_writes = capacity, stable_writes
+        self.blk.capacity, self.blk.block, self.blk.stable_writes = capacity, block, stable_writes
         self.set_up(&self.blk.engine, index, 1, thread)
 
     def __dealloc__(self):
@@ -174,6 +177,14 @@ cdef class BlkEngine(Engine):
     @capacity.setter
     def capacity(self, uint64_t sectors):
         self.blk.capacity = sectors
+
+    @property
+    def stable_writes(self):
+        return self.blk.stable_writes
+
+    @stable_writes.setter
+    def stable_writes(self, bint stable):
+        self.blk.stable_writes = stable
 
     @property
     def io_uring(self):

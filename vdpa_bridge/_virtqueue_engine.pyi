@@ -50,6 +50,8 @@ class BlkEngine(Engine):
 
     capacity: int
     """Sectors of 512 bytes."""
+    stable_writes: bool
+    """Whether a write is on the medium when it ends."""
     def __init__(
         self,
         index: int,
@@ -60,6 +62,7 @@ class BlkEngine(Engine):
         memory: BlkMemory | None = None,
         direct: int = -1,
         align: int = 512,
+        block: int = 1,
         readonly: bool = False,
         stable_writes: bool = False,
         io_uring: bool = True,
@@ -69,7 +72,8 @@ class BlkEngine(Engine):
         """For queue *index*. *file* and *direct* are descriptors that outlive the engine.
 
         *medium*: "cached" for files, "resident" for those in memory (which *memory* is), "direct" to pass by the page cache with the descriptor *direct*
-        (opened with O_DIRECT) for what is aligned to *align* bytes, "null" for no file: reads give zeroes. *stable_writes* for a
+        (opened with O_DIRECT) for what is aligned to *align* bytes, "null" for no file: reads give zeroes. Requests that cut a
+        logical *block* (in sectors) are left to the model. *stable_writes* for a
         driver without VIRTIO_BLK_F_FLUSH. At most *depth* requests are in flight, a power of 2; *io_uring* False keeps them in the
         loop's thread, as where the kernel has no io_uring. ValueError for what does not fit.
         """

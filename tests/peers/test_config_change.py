@@ -17,6 +17,7 @@ from vdpa_bridge import Device
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.backends.vhost_user import open_vhost_user
 from vdpa_bridge.models.blk import BlkModel
+from vdpa_bridge.models.image import FileImage
 from vdpa_bridge.vhost_user.server import Server
 
 BEFORE, AFTER = 4 << 20, 12 << 20
@@ -29,7 +30,7 @@ class Growing:
         self.file = directory / "disk"
         self.file.touch()
         os.truncate(self.file, BEFORE)
-        self.model = BlkModel(os.open(self.file, os.O_RDWR))
+        self.model = BlkModel(FileImage(os.open(self.file, os.O_RDWR)))
         self.device = ModelDevice(self.model, "growing disk")
         self.path = str(directory / "s")
 

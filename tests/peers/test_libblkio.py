@@ -16,6 +16,7 @@ from tests.support.tally import tallied
 from vdpa_bridge import Target
 from vdpa_bridge.models import BlkModel
 from vdpa_bridge.models.blk import BlkType
+from vdpa_bridge.models.image import Pending
 from vdpa_bridge.vhost_user.server import Server
 from vdpa_bridge.virtqueue import Chain
 
@@ -66,7 +67,7 @@ def test_a_disk_with_an_engine(short_dir: Path, client: list[str], queues: int, 
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     serve = BlkModel._serve
 
-    def counted(model: BlkModel, chain: Chain) -> int:
+    def counted(model: BlkModel, chain: Chain) -> int | Pending:
         asked[BlkType(chain.read(0, 4)[0]).name] += 1
         return serve(model, chain)
 

@@ -169,7 +169,7 @@ def test_loop_says_what_is_wrong() -> None:
     gate = Gate()
     with gate:
         loop = Loop(gate)
-    for wrong in ({"medium": "paper"}, {"depth": 3}, {"align": 5}):
+    for wrong in ({"medium": "paper"}, {"depth": 3}, {"align": 5}, {"block": 7}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             BlkEngine(0, -1, 8, **wrong)  # type: ignore[arg-type]
     engine = BlkEngine(4, -1, 8, medium="null", thread=1)

@@ -139,8 +139,8 @@ def test_corrupted_data_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
             written = request(chain)
             if chain.read(0, 4) == b"\1\0\0\0":  # OUT
                 offset = int.from_bytes(chain.read(8, 8), "little") * 512
-                byte = os.pread(model._fd, 1, offset)[0]
-                os.pwrite(model._fd, bytes([byte ^ 1]), offset)
+                byte = os.pread(model.image.fd, 1, offset)[0]
+                os.pwrite(model.image.fd, bytes([byte ^ 1]), offset)
             return written
 
         monkeypatch.setattr(model, "_request", forgetful)

@@ -16,6 +16,7 @@ from vdpa_bridge import ops
 from vdpa_bridge.drivers import BlkRequest
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.models import BlkModel, make_model
+from vdpa_bridge.models.image import Image
 from vdpa_bridge.virtio.features import BlockFeature
 from vdpa_bridge.wire import VringState
 
@@ -153,8 +154,8 @@ def test_request_that_can_never_fit_is_refused() -> None:
 class Picky(BlkModel):
     """Takes 3 segments of 1536 bytes, says so, and refuses what is longer."""
 
-    def __init__(self, fd: int, **options: Any) -> None:
-        super().__init__(fd, **options)
+    def __init__(self, image: Image, **options: Any) -> None:
+        super().__init__(image, **options)
         self.features |= BlockFeature.SIZE_MAX
         self.longest = 0
 
@@ -163,7 +164,7 @@ class Picky(BlkModel):
         struct.pack_into("<II", config, 8, 1536, 3)
         return bytes(config)
 
-    def _serve(self, chain: Any) -> int:
+    def _serve(self, chain: Any) -> Any:
         self.longest = max(self.longest, chain.readable - 16, chain.writable - 1)
         return super()._serve(chain)
 

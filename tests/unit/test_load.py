@@ -22,6 +22,7 @@ from vdpa_bridge.flags import Feature
 from vdpa_bridge.load import BlkWork, Mode, NetWork, Timing, blk_memory, load_blk, load_net
 from vdpa_bridge.models import BlkModel, NetModel, make_model
 from vdpa_bridge.models.base import Queue
+from vdpa_bridge.models.image import Transfer
 from vdpa_bridge.virtqueue import Chain
 
 __all__ = ["quiet"]  # an autouse fixture
@@ -207,7 +208,7 @@ class Faulty(BlkModel):
     def process(self, queues: Mapping[int, Queue], index: int) -> None:
         super().process(queues, index)  # here, and so not by the native engine
 
-    def _request(self, chain: Chain) -> int:
+    def _request(self, chain: Chain) -> Transfer:
         self.seen += 1
         kind, sector = chain.read(0, 1)[0], int.from_bytes(chain.read(8, 8), "little")
         if self.seen > 500 and self.seen % 10 == 0:
@@ -215,10 +216,10 @@ class Faulty(BlkModel):
             if kind == 1 and self.way == "drop":
                 return 0
             if kind == 1 and self.way == "tear":
-                chain.pwritev(self._fd, sector * 512, 16, data // 2)
+                chain.pwritev(self.image.fd, sector * 512, 16, data // 2)
                 return 0
             if kind == 1 and self.way == "stray":
-                chain.pwritev(self._fd, (sector ^ 8) * 512, 16, data)
+                chain.pwritev(self.image.fd, (sector ^ 8) * 512, 16, data)
             if kind == 0 and self.way == "empty":
                 return chain.writable - 1
             if self.way == "refuse":

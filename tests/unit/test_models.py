@@ -80,7 +80,7 @@ def read(driver: Driver, sector: int, length: int) -> bytes:
     ("kind", "options", "text"),
     [
         ("disk", {}, "unknown model 'disk'; there is: blk, "),
-        ("blk", {"sise": "1M"}, "no option sise; there is: direct, engine, file, io_uring, queues, readonly, serial, size, threads"),
+        ("blk", {"sise": "1M"}, "no option sise; there is: alignment-offset, blk-size, direct, discard, engine, file, io_uring, min-io-size, nbd, "),
         ("blk", {"size": "1X"}, "'1X' is not a size"),
         ("blk", {"size": "511"}, "size=511"),
         ("blk", {"file": "a", "size": "1M"}, "not both"),
@@ -278,11 +278,11 @@ def test_memory_is_given_back_by_discard_and_write_zeroes() -> None:
     assert isinstance(model, BlkModel)
     with driven(model, ALL_BLK) as driver:
         write(driver, 0, b"y" * 65536)
-        before = os.fstat(model._fd).st_blocks
+        before = os.fstat(model.image.fd).st_blocks
         driver.transact(0, [header(BlkType.DISCARD), ranges((0, 64, 0))], [1])
         driver.transact(0, [header(BlkType.WRITE_ZEROES), ranges((64, 64, 0))], [1])
         assert before >= 128
-        assert os.fstat(model._fd).st_blocks == 0
+        assert os.fstat(model.image.fd).st_blocks == 0
 
 
 # Block: files --------------------------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ struct blk_request; /* one in flight */
 struct blk_engine {
 	struct engine engine;
 	struct blk_config config;
-	uint64_t capacity; /* sectors; the owner's, as is the next */
-	bool stable_writes; /* the driver does not know of FLUSH */
+	uint64_t capacity; /* sectors; the owner's, as are the next two */
+	uint32_t block; /* sectors of a logical block, a power of 2; requests that cut one are the model's to refuse */
+	bool stable_writes; /* the driver does not know of FLUSH, or wants no cache */
 	bool waits_for_writes; /* the file system cannot say whether a write would wait */
 	size_t batch; /* requests of the next turn at most */
 	int failure; /* errno of the first request that failed in flight */

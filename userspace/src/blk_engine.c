@@ -77,7 +77,8 @@ static bool parse(const struct blk_engine *blk, const struct vq_chain *chain, st
 	default:
 		return false;
 	}
-	if (length == 0 || length > LONGEST || length % SECTOR || r->count > MOST_IOVECS || sector > blk->capacity ||
+	if (length == 0 || length > LONGEST || length % SECTOR || r->count > MOST_IOVECS ||
+	    ((sector | length / SECTOR) & (blk->block - 1)) != 0 || sector > blk->capacity ||
 	    length / SECTOR > blk->capacity - sector)
 		return false;
 	r->length = (uint32_t)length;

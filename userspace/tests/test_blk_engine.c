@@ -67,6 +67,7 @@ static void open_disk(struct disk *d, const struct blk_config *config, bool pack
 	bench_open(&d->bench, NUM, table, true, base_at(3, NUM, packed), packed);
 	CHECK(blk_engine_init(&d->blk, config) == 0);
 	d->blk.capacity = SECTORS;
+	d->blk.block = 1;
 	d->blk.engine.rings[0] = (struct engine_ring){
 		.vq = &d->bench.device, .chains = d->chains, .done = d->done, .pieces = &d->bench.pieces, .call = -1
 	};

@@ -68,6 +68,7 @@ PROGRAMS = {
 vhost-user-vdpa-blk --socket-path /run/disk.sock --blk-file disk.img
 vhost-user-vdpa-blk --fd 3 --blk-file /dev/vg0/guest --read-only
 vhost-user-vdpa-blk --socket-path /run/scratch.sock --size 1G --queues 4 -v
+vhost-user-vdpa-blk --socket-path /run/remote.sock --nbd 'nbd+unix:///?socket=/run/nbd.sock' --blk-size 4K
 """,
             (
                 click.Option(["--blk-file", "file"], metavar="PATH", help="The file or block device that holds the disk.  [default: memory]"),
@@ -75,6 +76,14 @@ vhost-user-vdpa-blk --socket-path /run/scratch.sock --size 1G --queues 4 -v
             ),
             (
                 click.Option(["--size"], metavar="SIZE", help="Of a disk in memory: 64M, 1G.  [default: 256M]"),
+                click.Option(["--nbd"], metavar="URI", help="The export of an NBD server: nbd://HOST/NAME, nbd+unix:///NAME?socket=PATH."),
+                click.Option(["--nbd-timeout"], metavar="SECONDS", help="That a request to it may take.  [default: 30]"),
+                click.Option(["--blk-size"], metavar="SIZE", help="Of a logical block.  [default: the image's: 512, or more]"),
+                click.Option(["--physical-size"], metavar="SIZE", help="Of a block of the medium."),
+                click.Option(["--min-io-size"], metavar="SIZE", help="Requests that are no multiple of it are slow."),
+                click.Option(["--opt-io-size"], metavar="SIZE", help="Requests of this size are fastest."),
+                click.Option(["--alignment-offset"], metavar="SIZE", help="Where the first whole block of the medium begins."),
+                click.Option(["--discard"], metavar="on|off", help="Whether the driver may discard blocks.  [default: on, where the image can]"),
                 click.Option(["--serial"], metavar="TEXT", help="What the disk calls itself, at most 20 bytes."),
                 click.Option(["--queues"], metavar="N", help="Request queues.  [default: 1]"),
             ),
@@ -263,7 +272,7 @@ def _command(back_end: BackEnd) -> click.Command:
 
         if (socket_path is None) == (fd is None):
             raise click.UsageError("give either --socket-path or --fd")
-        options = urlencode({name: value for name, value in device.items() if value is not None})
+        options = urlencode({name.replace("_", "-"): value for name, value in device.items() if value is not None})
         target = f"model:{back_end.kind}{'?' if options else ''}{options}"
         spec = DeviceSpec(target, socket_path, back_end.kind, socket_mode, socket_group, vdpa, timeout)
 
