@@ -15,12 +15,14 @@ from tests.support.driven import quiet
 from tests.support.nbd import NbdServer, nbdkit, qemu_nbd
 from tests.support.programs import program
 from tests.support.sockets import listens
+from vdpa_bridge import ops
 from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver, BlkRequest
 from vdpa_bridge.load import BlkWork, Timing, load_blk
 from vdpa_bridge.models import make_model
 from vdpa_bridge.targets import connect
+from vdpa_bridge.wire import VringState
 
 __all__ = ["quiet"]  # an autouse fixture
 pytestmark = [
@@ -231,6 +233,47 @@ def test_suspending_takes_what_is_under_way_along(short_dir: Path) -> None:
         time.sleep(0.1)
         device.suspend()
         assert [request.status for request in disk.complete(batch, timeout=0.2)] == [0]
+
+
+def test_a_disk_at_rest_has_done_what_it_began(short_dir: Path) -> None:
+    """``stop`` of a monitor: nothing reaches the server from then on, and drivers have their answers."""
+    with nbdkit(short_dir / "n", "--filter=delay", "memory", "1M", "delay-write=300ms") as server:
+        home = ModelDevice(make_model("blk", {"nbd": server.uri}), "disk")
+        try:
+            with Device(home.open()) as device, BlkDriver(device) as disk:
+                begun = disk.submit([BlkRequest(1, 0, b"x" * 512)])
+                time.sleep(0.1)
+                home.hold(True)
+                assert [request.status for request in disk.complete(begun, timeout=0.2)] == [0]
+                later = disk.submit([BlkRequest(1, 0, b"y" * 512)])
+                time.sleep(0.5)
+                assert later.left == 1
+                home.hold(False)
+                assert [request.status for request in disk.complete(later)] == [0]
+        finally:
+            home.close()
+
+
+def test_stopping_one_queue_leaves_the_others_alone(short_dir: Path) -> None:
+    """What ends meanwhile in another queue is answered there, though that queue is not looked at while the first one stops."""
+    slow = ["--filter=delay", "memory", "1M", "delay-write=300ms"]
+    with nbdkit(short_dir / "n", *slow) as server, connect(server.target(queues="2")) as device, BlkDriver(device, queues=(0, 1)) as disk:
+        batch = disk.submit([BlkRequest(1, sector, b"z" * 512) for sector in range(16)])
+        time.sleep(0.1)
+        device.backend.call(ops.SET_VRING_ENABLE, VringState(0, 0))
+        assert [request.status for request in disk.complete(batch, 16, timeout=2)] == [0] * 16
+
+
+def test_a_server_that_is_silent_when_a_queue_stops(server: NbdServer) -> None:
+    """It has a few seconds; then the request fails, and the queue stops."""
+    with connect(server.target()) as device, BlkDriver(device) as disk:
+        server.stop(True)
+        batch = disk.submit([BlkRequest(0, 0, length=512)])
+        time.sleep(0.1)
+        start = time.monotonic()
+        device.suspend()
+        assert 4 < time.monotonic() - start < 7
+        assert [request.status for request in disk.complete(batch, timeout=1)] == [1]
 
 
 def test_errors_of_the_server_are_errors_of_the_disk(short_dir: Path) -> None:

@@ -22,7 +22,7 @@ from tests.support.service import PATIENCE, disk, listening, serial, serving, wo
 from vdpa_bridge.cli.programs import PROGRAMS
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import BlkDriver
-from vdpa_bridge.models import KINDS
+from vdpa_bridge.models import KINDS, make_model
 from vdpa_bridge.service.listening import PeerCredentials
 from vdpa_bridge.system.inventory import inventory
 from vdpa_bridge.virtio.features import BlockFeature
@@ -66,6 +66,14 @@ def test_the_type_is_that_of_the_device(kind: str, folder: Path) -> None:
         with Device(connector(f"{folder}/s", "blk", "require")()) as device:
             assert device.identify().device_id == IDS[capabilities(said(kind, "--print-capabilities")[0])["type"]]
         server.end()
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_every_option_reaches_the_model(kind: str) -> None:
+    options = (*PROGRAMS[kind].conventional, *PROGRAMS[kind].own)
+    with pytest.raises(ValueError, match="has no option no-such; there is") as caught:
+        make_model(kind, {"no-such": "1"})
+    assert {str(option.name).replace("_", "-") for option in options} <= set(re.split("[ ,]+", str(caught.value)))
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -180,6 +188,11 @@ def test_a_connected_descriptor_whose_client_is_gone() -> None:
     ours.close()
     with theirs, program("rng", "--fd", str(theirs.fileno()), fds=[theirs.fileno()]) as server:
         assert server.wait() == 0
+
+
+def test_options_of_several_words(folder: Path) -> None:
+    _, errors = said("net", "--socket-path", str(folder / "s"), "--tcp-ports", "2222:22", status=2)
+    assert "tcp-ports= goes with user=" in errors
 
 
 def test_what_cannot_be_had_ends_the_start(folder: Path) -> None:

@@ -129,7 +129,11 @@ class Runner:
         """Serve nothing until further notice, or serve again. What was begun has been done."""
         self.held = held
         self._workers.pause(self._rests)
-        if not held:
+        if held:
+            self.model.rest()
+            self._settle()
+            os.eventfd_write(self._wake, 1)
+        else:
             if self.running:
                 self._await_sources()
             else:

@@ -115,6 +115,9 @@ class Model(ABC):
     def release(self, queue: Queue, index: int) -> None:  # noqa: B027 - most devices keep no chain for later
         """Queue *index* stops, to work again from where it stood perhaps: give back the chains of it that are kept, or they are lost."""
 
+    def rest(self) -> None:  # noqa: B027
+        """Nothing is served until further notice: let what is under way outside end. It may take a few seconds."""
+
     def engine(self, index: int) -> Engine | None:
         """What serves queue *index* in C from now on, in place of ``process``, which it asks for what it does not do; None: nothing.
 

@@ -330,6 +330,10 @@ class BlkModel(Model):
         self._stalled.discard(index)
         self.image.settle([pending for pending, kept in self._kept.items() if kept[0] == index])
 
+    def rest(self) -> None:
+        """The same for all queues."""
+        self.image.settle(list(self._kept))
+
     def close(self) -> None:
         """Close the image."""
         super().close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from urllib.parse import parse_qs, urlsplit
 
@@ -32,7 +33,7 @@ class NbdImage(Image):
     def __init__(self, uri: str, *, readonly: bool = False, timeout: float = 30) -> None:
         """A request has *timeout* seconds. OSError when it cannot be had, or is to be written and cannot; FileNotFoundError when
         there is no libnbd; ValueError for what is no such URI."""
-        self._uri = uri = uri.replace(" ", "+", 1)  # a + in the options of a target is a blank
+        self._uri = uri = re.sub(r"^(nbds?) (?=\w+:)", r"\1+", uri)  # a + in the options of a target is a blank
         self._readonly = readonly
         self._made = False
         self.needs = _needs(uri)

@@ -173,9 +173,11 @@ class Export:
                 late = OSError(errno.ETIMEDOUT, f"no answer within {_PATIENCE:g} s, and the queue is to stop")
                 self._lose(late)
                 self._fail([request for request in self._waiting if request in transfers], late)
-                return
+                break
             poll.poll(_TICK * 1000)
             self.sources.serve({})
+        self._timer.start(_TICK)  # queues that go on were left alone meanwhile
+        self._ticks = True
 
     def abandon(self) -> None:
         """The next driver's requests are begun when those of this one have ended."""
@@ -311,6 +313,7 @@ class Export:
         if self._coming is not None:
             self._arrive(self._coming)
         elif self._server is None and self._next is None and now >= self._retry:
+            self._retry = now + _AGAIN
             self._coming = _Coming(self._uri)
         self._pump(queues)
 
@@ -327,7 +330,6 @@ class Export:
                 found.close()
                 found = error
         if isinstance(found, OSError):
-            self._retry = time.monotonic() + _AGAIN
             self._say(found)
             return
         if self._said:
@@ -338,7 +340,11 @@ class Export:
         """Begin what can be."""
         if self._next is not None and not self._commands:
             server, self._next = self._next, None
-            self._use(server)
+            try:
+                self._use(server)
+            except OSError as error:  # it is gone by now, or there are no descriptors left
+                server.close()
+                self._say(error)
         while self._waiting and not self._busy:
             if self._go_on(request := self._waiting.pop(0)):
                 self._end(request)
