@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -214,3 +215,33 @@ def test_what_cannot_be_had_ends_the_start(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as idle, program("blk", "--fd", str(idle.fileno()), fds=[idle.fileno()]) as server:
         assert server.wait() == 2
         assert "no Unix stream socket that listens or is connected" in server.log
+
+
+def test_what_is_asked_for_capabilities_imports_no_device() -> None:
+    """Management software asks every program that it finds."""
+    code = """
+import sys
+from vdpa_bridge.cli.programs import rng
+try:
+    rng(["--print-capabilities"])
+finally:
+    print(sorted({"vdpa_bridge.models", "vdpa_bridge.targets", "vdpa_bridge.wire", "evdev"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (json.loads(done.stdout), done.stderr) == ({"type": "rng"}, "[]\n")
+
+
+def test_what_serves_loads_only_modules_that_its_model_needs() -> None:
+    code = """
+import sys
+from vdpa_bridge.models import make_model
+from vdpa_bridge.sandbox.preload import preload
+preload(make_model("rng", {}).needs.modules)
+assert "evdev" not in sys.modules
+model = make_model("input", {"control": sys.argv[1]})
+preload(model.needs.modules)
+assert "evdev" in sys.modules
+model.close()
+"""
+    with socket_path() as path:
+        subprocess.run([sys.executable, "-c", code, path], timeout=60, check=True)

@@ -122,7 +122,9 @@ class InputModel(Model):
             if len(text.encode()) > DATA_BYTES:
                 raise ValueError(f"{text!r} is longer than {DATA_BYTES} bytes")
         steps = read_script(options["script"], info) if "script" in options else []
-        return cls(info, lambda outlet: ScriptFeed(outlet, info, steps, options.get("control")))
+        # What it is told by names, it looks up there.
+        needs = Needs(modules=("evdev",)) if "control" in options else Needs()
+        return cls(info, lambda outlet: ScriptFeed(outlet, info, steps, options.get("control")), needs)
 
     # Configuration space -------------------------------------------------------------------------------------------------
 

@@ -26,5 +26,7 @@ class Needs:
     """The io_uring system calls."""
     controls: tuple[int, ...] = ()
     """Requests by ioctl(2) on descriptors that it has."""
+    modules: tuple[str, ...] = ()
+    """Python modules that are imported later, by their full names."""
     memory: int = 256 << 20
     """Bytes of heap beyond what the process has when the model is made. What it shares with drivers does not count."""

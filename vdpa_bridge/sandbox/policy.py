@@ -119,17 +119,18 @@ class Policy:
 
 
 def _united(all_needs: list[Needs]) -> Needs:
-    """What serves every one: paths and switches of each, and the sum of their memory."""
+    """What serves every one: paths, names and switches of each, and the sum of their memory."""
 
-    def paths(name: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(path for needs in all_needs for path in getattr(needs, name)))
+    def names(name: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(each for needs in all_needs for each in getattr(needs, name)))
 
     return Needs(
-        read=paths("read"),
-        write=paths("write"),
-        connect=paths("connect"),
+        read=names("read"),
+        write=names("write"),
+        connect=names("connect"),
         network=any(needs.network for needs in all_needs),
         io_uring=any(needs.io_uring for needs in all_needs),
         controls=tuple(dict.fromkeys(number for needs in all_needs for number in needs.controls)),
+        modules=names("modules"),
         memory=sum(needs.memory for needs in all_needs),
     )

@@ -105,7 +105,7 @@ def enter(service: Service, notifier: Notifier, journal: Journal, wish: str) -> 
         except BaseException:
             service.stop()
             raise
-        preload()
+        preload(policy.needs.modules)
         gc.freeze()  # what both have stays one copy
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
