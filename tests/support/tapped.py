@@ -69,9 +69,9 @@ class Wire:
     """A packet socket on an interface: all that passes, each with the time and whether this system sent it."""
 
     def __init__(self, interface: str) -> None:
-        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # before it is bound it hears nothing of other interfaces
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._sock.bind((interface, 0))
+        self._sock.bind((interface, _ETH_P_ALL))
         self.seen: list[tuple[float, bool, bytes]] = []
 
     def send(self, frame: bytes) -> None:

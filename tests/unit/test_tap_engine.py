@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.support.cable import OTHER, OWN, frame
 from tests.support.driven import opened
-from tests.support.tapped import Wire, exists, ip, tap_name
+from tests.support.tapped import Wire, attribute, exists, ip, tap_name
 from vdpa_bridge import Device, ops
 from vdpa_bridge._virtqueue import header_agreed
 from vdpa_bridge.backends.model import ModelDevice
@@ -103,11 +103,20 @@ def threads(request: pytest.FixtureRequest) -> str:
 
 @contextmanager
 def on_tap(threads: str, pairs: int = 1, **options: str) -> Iterator[tuple[NetModel, str]]:
+    """A device on a tap on which this system says nothing by itself."""
     name = tap_name()
-    model = make_model("net", {"tap": name, "threads": threads, "pairs": str(pairs), "mac": OWN.hex(":"), **options})
-    assert isinstance(model, NetModel)
-    Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6").write_text("1")
-    yield model, name
+    ip("tuntap", "add", "dev", name, "mode", "tap", *["multi_queue"] * (pairs > 1))
+    try:
+        Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6").write_text("1")
+        ip("link", "set", "dev", name, "mtu", options.get("mtu", "1500"), "up")
+        model = make_model("net", {"tap": name, "threads": threads, "pairs": str(pairs), "mac": OWN.hex(":"), **options})
+        assert isinstance(model, NetModel)
+        until(lambda: attribute(name, "operstate") == "up")
+        ip("link", "set", "dev", name, "up")  # whoever has done that knows that the kernel has done with the carrier, too
+        yield model, name
+    finally:
+        if exists(name):
+            ip("link", "delete", "dev", name)
 
 
 def came(wire: Wire, count: int) -> list[bytes]:
