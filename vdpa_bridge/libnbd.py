@@ -164,11 +164,11 @@ class Connection:
     def events(self) -> int:
         """What to wait for at the socket (select.EPOLLIN ...), until the next command or event."""
         direction = self._checked("aio_get_direction")
-        return select.EPOLLIN * bool(direction & _READ) | select.EPOLLOUT * bool(direction & _WRITE)
+        return select.EPOLLIN * bool(direction & _READ) | select.EPOLLOUT * bool(direction & _WRITE) or select.EPOLLIN  # of a dead one, its end
 
     def notify(self, events: int) -> None:
         """Go on, as *events* came."""
-        wanted = self.events
+        wanted = self.events if self.alive else 0
         if events & ~select.EPOLLOUT and wanted & select.EPOLLIN:
             self._call["aio_notify_read"](self._handle)
         elif events & ~select.EPOLLIN and wanted & select.EPOLLOUT:

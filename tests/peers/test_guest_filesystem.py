@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import md5
 from pathlib import Path
 
 import pytest
 
 from tests.support.guest import QEMU, kit_modules, newer_qemu, run_guest
+from tests.support.nbd import qemu_nbd
 from tests.support.programs import program
 from tests.support.seen import Seen
 
@@ -76,6 +81,38 @@ def tool(*command: str) -> str:
 
 @pytest.mark.parametrize(("which", "ring", "queues"), [("QEMU", "split", 2), ("QEMU, newer", "packed", 1)])
 def test_files_of_several_processes(short_dir: Path, seen: Seen, which: str, ring: str, queues: int) -> None:
+    check_files(short_dir, which, ring, queues, lambda image: nullcontext(["--blk-file", str(image)]))
+    seen("clients", which, "blk", "model", ring)
+
+
+@pytest.mark.skipif(not shutil.which("qemu-nbd"), reason="needs qemu-nbd: run tools/setup peers")
+def test_files_on_a_server_that_dies_and_comes_back(short_dir: Path) -> None:
+    @contextmanager
+    def served(image: Path) -> Iterator[list[str]]:
+        over = threading.Event()
+
+        def restart() -> None:
+            with qemu_nbd(short_dir / "n", image):
+                before = image.stat().st_mtime_ns
+                up.set()
+                while image.stat().st_mtime_ns == before and not over.wait(0.01):  # until the guest writes
+                    pass
+            with qemu_nbd(short_dir / "n", image):
+                over.wait(120)
+
+        up, thread = threading.Event(), threading.Thread(target=restart)
+        thread.start()
+        try:
+            assert up.wait(20)
+            yield ["--nbd", f"nbd+unix:///?socket={short_dir / 'n'}"]
+        finally:
+            over.set()
+            thread.join(20)
+
+    check_files(short_dir, "QEMU", "split", 2, served)
+
+
+def check_files(short_dir: Path, which: str, ring: str, queues: int, options: Callable[[Path], AbstractContextManager[list[str]]]) -> None:
     image, content, back = (short_dir / name for name in ("disk", "content", "back"))
     for directory in (content, back):
         directory.mkdir()
@@ -84,7 +121,7 @@ def test_files_of_several_processes(short_dir: Path, seen: Seen, which: str, rin
     modules = kit_modules("ext4")
     script = SCRIPT.replace("MODULES", " ".join(modules))
     script = script.replace("WRITERS", " ".join(map(str, range(WRITERS)))).replace("FILES", " ".join(map(str, range(FILES))))
-    with program("blk", "--socket-path", f"{short_dir}/s", "--blk-file", str(image), "--queues", str(queues), "-v") as server:
+    with options(image) as place, program("blk", "--socket-path", f"{short_dir}/s", *place, "--queues", str(queues), "-v") as server:
         server.logs("ready")
         result = run_guest(
             script,
@@ -97,8 +134,9 @@ def test_files_of_several_processes(short_dir: Path, seen: Seen, which: str, rin
             ],
             qemu=QEMU if which == "QEMU" else newer_qemu(),
         )
+        assert "--nbd" not in place or "connected again" in server.log
         server.end()
-    assert result.status == 0, result.output + result.errors + result.log
+    assert result.status == 0, result.output + result.errors + result.log + server.log
     assert f"queues {queues}\n" in result.output
     files = expected()
     sums = dict(reversed(line.split()) for line in result.output.splitlines()[1:])
@@ -106,4 +144,3 @@ def test_files_of_several_processes(short_dir: Path, seen: Seen, which: str, rin
     tool("e2fsck", "-fn", str(image))
     tool("debugfs", "-R", f"rdump / {back}", str(image))
     assert {str(file.relative_to(back)): file.read_bytes() for file in back.rglob("*") if file.is_file()} == files
-    seen("clients", which, "blk", "model", ring)

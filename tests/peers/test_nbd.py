@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -148,6 +151,26 @@ def test_a_server_that_comes_back(server: NbdServer, image: Path, short_dir: Pat
     data = image.read_bytes()
     assert data[: 20 * 512] == b"w" * 20 * 512
     assert data[-512:] == b"e" * 512
+
+
+def test_a_server_that_dies_while_it_is_asked(server: NbdServer, image: Path, short_dir: Path) -> None:
+    """A connection that turns out to be dead as a request is begun brings no event: it is found all the same."""
+    with connect(server.target(nbd_timeout="8")) as device, BlkDriver(device) as disk, ExitStack() as stack:
+        for turn in range(6):
+            over = threading.Event()
+
+            def ask(turn: int = turn, over: threading.Event = over) -> None:
+                while not over.is_set():
+                    disk.write(0, bytes([turn + 1]) * 4096)
+
+            with ThreadPoolExecutor(1) as pool:
+                asking = pool.submit(ask)
+                time.sleep(0.05 + turn * 0.01)
+                server.kill()
+                server = stack.enter_context(qemu_nbd(short_dir / "n", image))
+                time.sleep(0.05)
+                over.set()
+                asking.result(20)
 
 
 def test_a_server_that_comes_back_with_less(server: NbdServer, image: Path, short_dir: Path) -> None:

@@ -305,6 +305,8 @@ class Export:
     def _on_tick(self, queues: Mapping[int, Queue], events: int) -> None:
         self._timer.stop()
         self._ticks = False
+        if self._server is not None:
+            self._reap(self._server)  # it may have been found dead when it was asked for something, which is no event
         now = time.monotonic()
         late = OSError(errno.ETIMEDOUT, f"{self._uri}: no answer within {self._timeout:g} s")
         if any(request.deadline <= now for request in self._commands.values()):
