@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from control import running
 from drive import on_cpu
 from quiet import used
-from rows import OURS, Meter, Row, Sample, Servers, Span, Work, of_children
+from rows import OURS, Meter, Row, Sample, Servers, Span, Work, of_children, say
 
 from vdpa_bridge import connect
 from vdpa_bridge.drivers import BlkDriver
@@ -30,7 +31,7 @@ MIB = 1 << 20
 SIZE = 256 * MIB
 DEPTH = 32
 BLKIO = "blkio-bench"
-PREADV = "libvhost-user, preadv"
+PREADV = "libvhost-user preadv"
 MODES = {"event": False, "poll": True}
 
 
@@ -39,10 +40,10 @@ def serve(target: str, path: Path) -> list[str]:
     return [sys.executable, "-m", "vdpa_bridge", "serve", target, "--socket-path", str(path)]
 
 
-def storage(program: str, path: Path, blockdev: str, poll: bool = True) -> list[str]:
+def storage(program: str, path: Path, blockdev: str, poll: bool = True, queues: int = 1) -> list[str]:
     """qemu-storage-daemon; it polls for a while before it sleeps, unless it is told not to."""
     thread = [] if poll else ["--object", "iothread,id=io,poll-max-ns=0"]
-    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path},writable=on{'' if poll else ',iothread=io'}"
+    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path},writable=on,num-queues={queues}{'' if poll else ',iothread=io'}"
     return [program, *thread, "--blockdev", f"node-name=d,{blockdev}", "--export", export]
 
 
@@ -74,6 +75,8 @@ def load(path: Path, pid: int, cpu: int, span: Span, *, depth: int = DEPTH, bloc
     ):
         server = Meter(lambda: used(pid))
         result = load_blk(disk, work)
+        if not result.reads.count:
+            say(f"no read from {path.name} ended within {span.seconds:g} s ({depth} in flight, {'poll' if poll else 'event'})")
         return Sample(result.reads.count / result.spent.seconds, result.spent.cpu / result.spent.seconds, server.share())
 
 
@@ -86,15 +89,6 @@ def blkio(path: Path, pid: int, cpu: int, span: Span, poll: bool) -> Sample:
     if done.returncode:
         raise SystemExit(f"bench: {' '.join(command)}: {done.stderr}")
     return Sample(1e3 * float(json.loads(done.stdout)["aggregate"]["kiops"]), client.share(), server.share())
-
-
-def libvhost_user(file: Path, cpus: tuple[int, int], span: Span, poll: bool) -> Sample:
-    """The same of libvhost-user's disk, which calls preadv where it takes the request, and serves one client in its life."""
-    with directory() as place:
-        path = place / "s"
-        command = [os.environ["VDPA_BRIDGE_VHOST_USER_BLK"], "--socket-path", str(path), "--blk-file", str(file)]
-        with running(["taskset", "-c", str(cpus[0]), *command], path) as server:
-            return load(path, server.pid, cpus[1], span, poll=poll)
 
 
 def null_disks(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterator[Row]:
@@ -127,18 +121,35 @@ def image(size: int = SIZE) -> Iterator[Path]:
         yield file
 
 
+def libvhost_user(file: Path, server: int, cpu: int, span: Span, **how: Any) -> Sample:
+    """The same of libvhost-user's disk, which calls preadv where it takes the request, and serves one client in its life."""
+    with directory() as place:
+        path = place / "s"
+        command = [os.environ["VDPA_BRIDGE_VHOST_USER_BLK"], "--socket-path", str(path), "--blk-file", str(file)]
+        with running(["taskset", "-c", str(server), *command], path) as process:
+            return load(path, process.pid, cpu, span, **how)
+
+
+def serve_file(file: Path, programs: dict[str, str], place: Path, servers: Servers) -> dict[str, Callable[..., Sample]]:
+    """All ways to read a file, with what ``load`` takes behind its pid."""
+    commands = {OURS: serve(f"model:blk?file={file}", place / "ours")}
+    paths = {OURS: place / "ours"}
+    for name, program in programs.items():
+        for how in ("io_uring", "threads"):
+            paths[f"{name} {how}"] = path = place / f"q{len(paths)}"
+            commands[f"{name} {how}"] = storage(program, path, f"driver=file,filename={file},aio={how}")
+    for name, command in commands.items():
+        servers.start(name, command, paths[name])
+    ways: dict[str, Callable[..., Sample]] = {name: partial(load, paths[name], pid) for name, pid in servers.pids.items()}
+    return ways | {PREADV: partial(libvhost_user, file, servers.cpu)}
+
+
 def file_disks(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterator[Row]:
     """Reads of data that is in memory: what a page cache serves."""
     with directory() as place, image() as file, Servers(cpus[0], left_out) as servers:
-        servers.start(OURS, serve(f"model:blk?file={file}", place / "ours"), place / "ours")
-        paths = {OURS: place / "ours"}
-        for name, program in daemons().items():
-            for how in ("threads", "io_uring"):
-                paths[f"{name} {how}"] = path = place / f"q{len(paths)}"
-                servers.start(f"{name} {how}", storage(program, path, f"driver=file,filename={file},aio={how}"), path)
+        served = serve_file(file, daemons(), place, servers)
         for mode, poll in MODES.items():
-            ways = {name: partial(load, paths[name], pid, cpus[1], span, poll=poll) for name, pid in servers.pids.items()}
-            ways[PREADV] = partial(libvhost_user, file, cpus, span, poll)
+            ways = {name: partial(way, cpus[1], span, poll=poll) for name, way in served.items()}
             yield Work("blk", f"disk on tmpfs, {DEPTH} in flight, {mode}", "IOPS", least=1.3).take(ways, span, servers.pids.values())
 
 

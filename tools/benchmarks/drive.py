@@ -103,7 +103,7 @@ def on_cpu(cpu: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def row(work: str, depth: int, taken: Turns) -> dict[str, Any]:
+def row(work: str, depth: int, taken: Turns[float]) -> dict[str, Any]:
     """Medians and ranges of rates, and the median of the ratio of the client in C to each way in the same turn."""
     results = taken.results
     rates = {name: [turn[name] for turn in results] for name in results[0]}

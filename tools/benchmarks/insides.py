@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from disks import directory, load
+from disks import directory
 from drive import BURST, FRAME, on_cpu
 from quiet import Turns, Watch
 from rings import measure as measure_rings
-from rows import OURS, Row, Sample, Servers, Span, Way, Work
+from rows import OURS, Row, Sample, Servers, Span, Work
 
 from vdpa_bridge import connect
 from vdpa_bridge.drivers import BlkDriver, NetDriver
@@ -34,8 +34,7 @@ def rings(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterat
         if row["batch"] == 1 or row["tables"] != "direct" or row["events"] != "event_idx":
             continue
         work = Work("rings", f"ring, {row['layout']}, chain of {row['chain']}, batch of {row['batch']}", "ns/chain", most=1.3)
-        names = {OURS: "core", BARE: "bare"}
-        yield work.row({name: Way(lambda: Sample(0)) for name in names}, Turns([{name: row[key] for name, key in names.items()}], [share], 0))
+        yield work.row(Turns([{OURS: Sample(row["core"]), BARE: Sample(row["bare"])}], [share], 0))
 
 
 def python(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterator[Row]:
@@ -53,7 +52,7 @@ def python(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Itera
     yield Work("python", "model in plain Python, batches of 32", "chains/s", least=1e6).take({OURS: chains}, span)
 
 
-def resident(pid: int) -> int:
+def own_memory(pid: int) -> int:
     """Bytes of memory that a process has for itself; what it shares with clients is not among them."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
@@ -61,13 +60,17 @@ def resident(pid: int) -> int:
     return 1024 * int(found[1])
 
 
+def serve_all(paths: list[Path]) -> list[str]:
+    """Our server with a disk on each path."""
+    return [sys.executable, "-m", "vdpa_bridge", "serve", *(f"{path}=model:blk?engine=null&size=64M" for path in paths)]
+
+
 @contextlib.contextmanager
 def many(count: int, cpus: tuple[int, int]) -> Iterator[tuple[int, list[Path]]]:
     """A server's pid and its sockets: one process with *count* disks."""
     with directory() as place, Servers(cpus[0], {}) as servers:
         paths = [place / f"{at}" for at in range(count)]
-        command = [sys.executable, "-m", "vdpa_bridge", "serve", *(f"{path}=model:blk?engine=null&size=64M" for path in paths)]
-        yield servers.start(OURS, command, paths[-1]), paths
+        yield servers.start(OURS, serve_all(paths), paths[-1]), paths
 
 
 @contextlib.contextmanager
@@ -86,14 +89,7 @@ def memory(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Itera
     sizes = []
     for count in (1, DEVICES):
         with many(count, cpus) as (pid, paths), clients(paths):
-            sizes.append(resident(pid))
+            sizes.append(own_memory(pid))
     each = (sizes[1] - sizes[0]) / (DEVICES - 1) / (1 << 20)
     work = Work("memory", f"memory of each of {DEVICES} served disks in one process", "MiB", most=2.0)
-    yield work.row({OURS: Way(lambda: Sample(0))}, Turns([{OURS: each}], [0.0], 0))
-
-
-def crowd(count: int, span: Span, cpus: tuple[int, int]) -> tuple[Sample, float]:
-    """Reads from one of *count* disks in a process while all have clients; and the process's MiB per disk."""
-    with many(count, cpus) as (pid, paths), clients(paths[1:]):
-        sample = load(paths[0], pid, cpus[1], span)
-        return sample, resident(pid) / count / (1 << 20)
+    yield work.row(Turns([{OURS: Sample(each)}], [0.0], 0)) | {"note": "one comparison; CPU time of others does not matter, and was not watched"}

@@ -12,6 +12,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Generic, TypeVar
 
 MOST = 0.06
 """Of one CPU, that others may use."""
@@ -19,6 +21,7 @@ TRIES = 3
 """How often a value is measured at most, until nobody disturbs."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _IDLE, _IOWAIT = 3, 4
+Value = TypeVar("Value")
 
 
 def _busy() -> float:
@@ -52,10 +55,10 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Turns:
+class Turns(Generic[Value]):
     """What was measured, in turns of one value for each way, the largest share of others in each, and how many values were dropped."""
 
-    results: list[dict[str, float]]
+    results: list[dict[str, Value]]
     shares: list[float]
     dropped: int
 
@@ -71,22 +74,23 @@ class Turns:
         return f"{kept}; others used at most {max(self.shares):.0%} of a CPU; {self.dropped} disturbed values dropped"
 
 
-def turns(ways: Mapping[str, Callable[[], float]], repeat: int, pids: Iterable[int] = (), patience: float = math.inf) -> Turns:
+def turns(ways: Mapping[str, Callable[[], Value]], repeat: int, pids: Iterable[int] = (), patience: float = math.inf) -> Turns[Value]:
     """*repeat* turns of all *ways*. A value that others than this process and *pids* disturbed is measured again at once, TRIES times
     in all; then the least disturbed one counts. Nothing is measured again after *patience* seconds."""
     pids, end = tuple(pids), time.monotonic() + patience
-    results: list[dict[str, float]] = []
+    results: list[dict[str, Value]] = []
     shares: list[float] = []
     dropped = 0
     for _ in range(repeat):
-        worst, turn = 0.0, {}
+        worst = 0.0
+        turn: dict[str, Value] = {}
         for name, way in ways.items():
-            tried: list[tuple[float, float]] = []
+            tried: list[tuple[float, Value]] = []
             while not tried or (len(tried) < TRIES and tried[-1][0] > MOST and time.monotonic() < end):
                 watch = Watch(pids)
                 value = way()
                 tried.append((watch.share(), value))
-            share, turn[name] = min(tried)
+            share, turn[name] = min(tried, key=itemgetter(0))
             worst = max(worst, share)
             dropped += len(tried) - 1
         results.append(turn)

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ class Span:
     warmup: float
     turns: int
 
+    def patience(self, ways: int) -> float:
+        """For how many seconds disturbed values of so many *ways* are measured again: as long as all take twice."""
+        return 2 * self.turns * ways * (self.seconds + self.warmup)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,21 +46,10 @@ class Sample:
     server: float | None = None
 
 
-@dataclass
-class Way:
-    """One way to do the work: *measure* it and keep what it cost."""
-
-    measure: Callable[[], Sample]
-    samples: list[Sample] = field(default_factory=list)
-
-    def __call__(self) -> float:
-        self.samples.append(self.measure())
-        return self.samples[-1].rate
-
-    def cpu(self, side: str) -> float | None:
-        """The median share of a CPU."""
-        known = [value for sample in self.samples if (value := getattr(sample, side)) is not None]
-        return round(statistics.median(known), 3) if known else None
+def usual(samples: Iterable[Sample], side: str) -> float | None:
+    """The median share of a CPU that a side used."""
+    known = [value for sample in samples if (value := getattr(sample, side)) is not None]
+    return round(statistics.median(known), 3) if known else None
 
 
 @dataclass(frozen=True)
@@ -69,15 +62,16 @@ class Work:
     least: float | None = None
     most: float | None = None
 
-    def row(self, ways: Mapping[str, Way], taken: Turns) -> Row:
+    def row(self, taken: Turns[Sample]) -> Row:
         """The figures: medians, ranges, CPU time, and the median over turns of the ratio to the best of the others."""
-        rates = {name: [turn[name] for turn in taken.results] for name in ways}
+        samples = {name: [turn[name] for turn in taken.results] for name in taken.results[0]}
+        rates = {name: [one.rate for one in many] for name, many in samples.items()}
         medians = {name: statistics.median(many) for name, many in rates.items()}
         others = [name for name in medians if name != OURS]
         best = (min if self.most else max)(others, key=medians.__getitem__) if others else None
-        value = statistics.median(turn[OURS] / turn[best] for turn in taken.results) if best else medians[OURS]
+        value = statistics.median(turn[OURS].rate / turn[best].rate for turn in taken.results) if best else medians[OURS]
         facts = {
-            name: {"median": medians[name], "min": min(many), "max": max(many), "client": ways[name].cpu("client"), "server": ways[name].cpu("server")}
+            name: {"median": medians[name], "min": min(many), "max": max(many), "client": usual(samples[name], "client"), "server": usual(samples[name], "server")}
             for name, many in rates.items()
         }
         return {
@@ -95,8 +89,7 @@ class Work:
     def take(self, ways: Mapping[str, Callable[[], Sample]], span: Span, pids: Iterable[int] = ()) -> Row:
         """Measure in turns."""
         say(f"{self.part}: {self.name}")
-        made = {name: Way(measure) for name, measure in ways.items()}
-        return self.row(made, turns(made, span.turns, pids, 2 * span.turns * len(made) * (span.seconds + span.warmup)))
+        return self.row(turns(ways, span.turns, pids, span.patience(len(ways))))
 
 
 def trusted(row: Row) -> bool:
@@ -136,13 +129,13 @@ class Servers(contextlib.ExitStack):
 
     def __init__(self, cpu: int, left_out: dict[str, str]) -> None:
         super().__init__()
-        self._cpu, self._left_out = cpu, left_out
+        self.cpu, self._left_out = cpu, left_out
         self.pids: dict[str, int] = {}
 
     def start(self, name: str, command: list[str], path: Path) -> int:
         """Start one that listens on *path*: its pid, 0 for none."""
         try:
-            process = self.enter_context(running(["taskset", "-c", str(self._cpu), *command], path))
+            process = self.enter_context(running(["taskset", "-c", str(self.cpu), *command], path))
         except SystemExit as error:
             if name == OURS:
                 raise
