@@ -225,7 +225,7 @@ class Export:
                 request.error = error
                 if not server.alive:
                     self._wait(request)
-                    self._lose(error)
+                    self._lose()
                     return False
         return not request.left
 
@@ -266,12 +266,12 @@ class Export:
             os.close(self._watched)
         return server
 
-    def _lose(self, why: OSError) -> None:
-        """What was under way waits for another connection."""
+    def _lose(self, why: OSError | None = None) -> None:
+        """What was under way waits for another connection. It is the server's doing if nobody says *why*."""
         if (server := self._drop()) is None:
             return
         server.close()
-        self._say(why)
+        self._say(why or OSError(errno.ECONNRESET, f"{self._uri}: the server ended the connection"))
         again = [request for request in dict.fromkeys(self._commands.values()) if request not in self._orphans]
         self._commands.clear()
         self._orphans.clear()
@@ -300,7 +300,7 @@ class Export:
                 if self._go_on(request):
                     self._end(request)
         if not server.alive and self._server is server:
-            self._lose(OSError(errno.ECONNRESET, f"{self._uri}: the server ended the connection"))
+            self._lose()
 
     def _on_tick(self, queues: Mapping[int, Queue], events: int) -> None:
         self._timer.stop()
