@@ -138,7 +138,6 @@ def test_guest_on_a_tap(short_dir: Path, file: bytes, seen: Seen, offloads: bool
         if offloads:
             assert sent.large > 10
             assert received.large > 10
-            assert sent.frames < SIZE // 1500
         else:
             assert (sent.large, received.large) == (0, 0)
             assert sent.frames > SIZE // 1500
