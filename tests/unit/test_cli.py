@@ -397,7 +397,8 @@ def test_a_bridge_of_a_bridge(tmp_path: Path) -> None:
 
 def test_an_interrupt_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     trace = tmp_path / "t"
-    command = [*PROGRAM, "net", "model:net", "recv", "--timeout", "60", f"--trace={trace}"]
+    # Who runs tests in a background of a shell has interrupts ignored.
+    command = ["env", "--default-signal=INT", *PROGRAM, "net", "model:net", "recv", "--timeout", "60", f"--trace={trace}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 30
