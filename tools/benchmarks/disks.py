@@ -33,6 +33,8 @@ DEPTH = 32
 BLKIO = "blkio-bench"
 PREADV = "libvhost-user preadv"
 MODES = {"event": False, "poll": True}
+LOOK = 50e-6
+"""Seconds of a look before a sleep."""
 
 
 def serve(target: str, path: Path) -> list[str]:
@@ -65,9 +67,9 @@ def directory(prefix: str = "vbb", place: str | None = None) -> Iterator[Path]:
         yield Path(name)
 
 
-def load(path: Path, pid: int, cpu: int, span: Span, *, depth: int = DEPTH, block: int = 4096, poll: bool = False, queues: int = 1) -> Sample:
+def load(path: Path, pid: int, cpu: int, span: Span, *, depth: int = DEPTH, block: int = 4096, poll: bool = False, look: float = 0, queues: int = 1) -> Sample:
     """Random reads by our load generator; what it gets per second, and the CPU time of both."""
-    work = BlkWork(Timing(span.seconds, span.warmup, poll=poll), block, depth)
+    work = BlkWork(Timing(span.seconds, span.warmup, poll=poll, poll_for=look), block, depth)
     with (
         on_cpu(cpu),
         connect(f"vhost-user:{path}?type=blk&vdpa=off") as device,
@@ -154,7 +156,7 @@ def file_disks(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> I
 
 
 def clients(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iterator[Row]:
-    """Our driver next to libblkio, on the newest qemu-storage-daemon and on our own server."""
+    """Our driver next to libblkio, which knows no look before a sleep, on the newest qemu-storage-daemon and on our own server."""
     with directory() as place, Servers(cpus[0], left_out) as servers:
         servers.start(OURS, serve("model:blk?engine=null&size=256M", place / "ours"), place / "ours")
         paths = {OURS: place / "ours"}
@@ -162,8 +164,8 @@ def clients(span: Span, cpus: tuple[int, int], left_out: dict[str, str]) -> Iter
         paths[name] = place / "qsd"
         servers.start(name, storage(program, paths[name], f"driver=null-co,size={SIZE},read-zeroes=on"), paths[name])
         for served, pid in servers.pids.items():
-            for mode, poll in MODES.items():
-                path = paths[served]
-                ways = {OURS: partial(load, path, pid, cpus[1], span, poll=poll), BLKIO: partial(blkio, path, pid, cpus[1], span, poll)}
+            for mode, look in (("event", 0.0), (f"event after a look of {1e6 * LOOK:.0f} us", LOOK), ("poll", 0.0)):
+                path, poll = paths[served], MODES.get(mode, False)
+                ways = {OURS: partial(load, path, pid, cpus[1], span, poll=poll, look=look), BLKIO: partial(blkio, path, pid, cpus[1], span, poll)}
                 work = Work("drivers", f"null disk of {served}, {DEPTH} in flight, {mode}", "IOPS", least=1.0)
                 yield work.take(ways, span, servers.pids.values())
