@@ -65,7 +65,7 @@ cdef extern from "virtqueue.h" nogil:
     int vq_fault_describe(const vq_fault *fault, char *text, size_t size)
 
     struct vq_chain:
-        size_t first
+        iovec *iov
         uint32_t readable_pieces, writable_pieces
         uint64_t readable, writable
         uint16_t head
@@ -289,6 +289,7 @@ cdef class DeviceQueue:
     cdef vq_device vq
     cdef uint64_t popped  # chains, less those put back
     cdef iova_pieces pieces
+    cdef iova_pieces bare_pieces  # the same without IOVAs, which engines have no use for
     cdef vq_chain chains[BATCH]
     cdef vq_used *done
 

@@ -85,8 +85,8 @@ cdef class Chain:
             if self.iov == NULL:
                 raise MemoryError
             self.iova = <uint64_t *> (self.iov + count)
-        memcpy(self.iov, pieces.iov + chain.first, count * sizeof(iovec))
-        memcpy(self.iova, pieces.iova + chain.first, count * sizeof(uint64_t))
+        memcpy(self.iov, chain.iov, count * sizeof(iovec))
+        memcpy(self.iova, pieces.iova + (chain.iov - pieces.iov), count * sizeof(uint64_t))
         self.memory, self.queue, self.chain, self.live = queue.memory, queue, chain[0], True
         self.generation = queue.memory.map.generation
         self.turn = queue.popped
@@ -218,6 +218,7 @@ cdef class DeviceQueue:
         self.pieces.iov = <iovec *> malloc(self.pieces.capacity * (sizeof(iovec) + sizeof(uint64_t)))
         if self.done == NULL or self.pieces.iov == NULL:
             raise MemoryError
+        self.bare_pieces = self.pieces
         self.pieces.iova = <uint64_t *> (self.pieces.iov + self.pieces.capacity)
         error = -vq_device_init(&self.vq, &config)
         if error == EINVAL:

@@ -254,7 +254,7 @@ cdef class Loop:
         if ring.vq != NULL:
             raise ValueError(f"queue {index} is served already")
         engine.queues[at], engine.kicks[at] = queue, kick
-        ring.vq, ring.chains, ring.done, ring.pieces = &queue.vq, queue.chains, queue.done, &queue.pieces
+        ring.vq, ring.chains, ring.done, ring.pieces = &queue.vq, queue.chains, queue.done, &queue.bare_pieces
         ring.call, ring.due = call, False
         if <uintptr_t> engine.core not in self.engines:
             error = -loop_add(&self.core, engine.core)

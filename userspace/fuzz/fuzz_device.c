@@ -33,12 +33,12 @@ static void use_chain(struct device *d, const struct vq_chain *chain, const stru
 {
 	uint64_t bytes[2] = { 0, 0 };
 
-	CHECK(chain->first + chain->readable_pieces + chain->writable_pieces <= pieces->used && pieces->used <= ROOM);
+	CHECK(chain->iov + chain->readable_pieces + chain->writable_pieces <= pieces->iov + pieces->used && pieces->used <= ROOM);
 	for (size_t i = 0; i < (size_t)chain->readable_pieces + chain->writable_pieces; i++) {
-		const struct iovec *piece = &pieces->iov[chain->first + i];
+		const struct iovec *piece = &chain->iov[i];
 		bool write = i >= chain->readable_pieces;
 
-		CHECK(piece->iov_len > 0 && pieces->iova[chain->first + i] >= LOW_IOVA);
+		CHECK(piece->iov_len > 0 && pieces->iova[piece - pieces->iov] >= LOW_IOVA);
 		if (write)
 			memset(piece->iov_base, 0x5a, piece->iov_len);
 		for (size_t k = 0; k < piece->iov_len; k++)

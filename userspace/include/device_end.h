@@ -69,59 +69,94 @@ static inline bool device_sound(struct vq_device *vq)
 }
 
 /*
- * Chains are walked in two ways. The quick walk knows the usual chain alone: all buffers in the region hit last, an
- * indirect table in its own, nothing wrong. It gives up on any other, which the thorough walk then reads anew, and says what
- * is wrong. Either reads each word of a descriptor once.
+ * Chains are walked in two ways. The quick walk knows the usual chain alone: all buffers in the region hit last, which may be
+ * read and written, an indirect table in its own, nothing wrong. It gives up on any other, which the thorough walk then
+ * reads anew, and says what is wrong. Either reads each word of a descriptor once.
  *
- * What the quick walk moves is held in locals: an atomic access makes the compiler store what it holds of memory, and load
- * it again.
+ * What a batch moves is held in locals: an atomic access makes the compiler store what it holds of memory, and load it again.
+ * Chains of one buffer, which need few of them, have a way of their own.
  */
 struct device_walk {
 	struct iova_view view; /* the region hit last */
 	struct iova_view tables; /* the same for indirect tables; of none when they are not allowed */
-	uint8_t *iov, *iova; /* the two arrays of pieces */
-	size_t at, end; /* bytes of `iova` used, and at most; of `iov` it is twice as many: one register for both */
+	const struct iovec *end; /* of the room for pieces */
 };
 
-enum { PIECE = sizeof(uint64_t) };
-
-_Static_assert(sizeof(struct iovec) == 2 * PIECE, "both arrays share a cursor");
-
-static inline struct device_walk device_walk_start(const struct vq_device *vq, const struct iova_pieces *pieces)
+static inline struct device_walk device_walk(const struct vq_device *vq, const struct iova_pieces *pieces)
 {
-	return (struct device_walk){ .view = iova_view(vq->config.map, vq->hint),
-				     .tables = iova_view(vq->config.map, vq->config.indirect ? vq->table_hint : SIZE_MAX),
-				     .iov = (uint8_t *)pieces->iov,
-				     .iova = (uint8_t *)pieces->iova,
-				     .at = PIECE * pieces->used,
-				     .end = PIECE * pieces->capacity };
+	return (struct device_walk){ .view = iova_view(vq->config.map, vq->hint, IOVA_RW),
+				     .tables = iova_view(vq->config.map, vq->config.indirect ? vq->table_hint : SIZE_MAX,
+							 IOVA_RO),
+				     .end = pieces->iov + pieces->capacity };
+}
+
+/* Pieces up to `end` were appended by the quick walk. */
+static inline void device_walked(const struct device_walk *walk, struct iova_pieces *pieces, const struct iovec *end)
+{
+	size_t first = pieces->used;
+
+	pieces->used = (size_t)(end - pieces->iov);
+	for (size_t i = first; pieces->iova && i < pieces->used; i++)
+		pieces->iova[i] = walk->view.iova + (uint64_t)((uint8_t *)pieces->iov[i].iov_base - walk->view.host);
 }
 
 /* An indirect table of a usual size that lies in the view and can be read in place, or NULL. */
 INLINED void *device_table(const struct device_walk *walk, uint64_t address, uint32_t length)
 {
-	uint8_t *table = iova_in_view(&walk->tables, address);
+	uint64_t offset = address - walk->tables.iova;
+	uint8_t *table;
 
-	if (UNLIKELY(!iova_covers(&walk->tables, address, length) || !(walk->tables.perm & IOVA_RO) ||
-		     (uintptr_t)table % sizeof(uint64_t) || length % VRING_DESC_SIZE ||
+	if (UNLIKELY(!iova_covers(&walk->tables, offset, length)))
+		return NULL;
+	table = walk->tables.host + offset;
+	if (UNLIKELY((uintptr_t)table % sizeof(uint64_t) || length % VRING_DESC_SIZE ||
 		     length > VQ_INDIRECT_MAX * VRING_DESC_SIZE))
 		return NULL;
 	return table;
 }
 
-/* Puts a buffer that lies in the view behind `*at` pieces; false when it does not. The caller looks at the permission. */
-INLINED bool device_append_quickly(const struct device_walk *walk, size_t *at, uint64_t address, uint32_t length)
+/* Puts a buffer that lies in the view at `*at`, and moves on; false when it does not. */
+INLINED bool device_append_quickly(const struct device_walk *walk, struct iovec **at, uint64_t address, uint32_t length)
 {
-	struct iovec *iov = (void *)(walk->iov + 2 * *at);
-	uint64_t *iova = (void *)(walk->iova + *at);
+	uint64_t offset = address - walk->view.iova;
 
-	if (UNLIKELY(*at == walk->end || !iova_covers(&walk->view, address, length)))
+	if (UNLIKELY(*at == walk->end || !iova_covers(&walk->view, offset, length)))
 		return false;
-	iov->iov_base = iova_in_view(&walk->view, address);
-	iov->iov_len = length;
-	*iova = address;
-	*at += PIECE;
+	(*at)->iov_base = walk->view.host + offset;
+	(*at)->iov_len = length;
+	++*at;
 	return true;
+}
+
+/* A chain of one buffer, at `at`. Behind it, or NULL, as all quick walks end. */
+INLINED struct iovec *device_walk_one(const struct device_walk *walk, struct vq_chain *chain, struct iovec *at, uint64_t address,
+				      uint32_t length, bool write)
+{
+	chain->iov = at;
+	if (write) {
+		chain->readable_pieces = 0;
+		chain->writable_pieces = 1;
+		chain->readable = 0;
+		chain->writable = length;
+	} else {
+		chain->readable_pieces = 1;
+		chain->writable_pieces = 0;
+		chain->readable = length;
+		chain->writable = 0;
+	}
+	return LIKELY(device_append_quickly(walk, &at, address, length)) ? at : NULL;
+}
+
+/* A chain of the pieces from `first` to `behind`, which are readable, and to `at`; NULL when they have too many bytes. */
+INLINED struct iovec *device_walk_end(struct vq_chain *chain, struct iovec *first, struct iovec *behind, struct iovec *at,
+				      uint64_t readable, uint64_t bytes)
+{
+	chain->iov = first;
+	chain->readable_pieces = (uint32_t)(behind - first);
+	chain->writable_pieces = (uint32_t)(at - behind);
+	chain->readable = readable;
+	chain->writable = bytes - readable;
+	return LIKELY(bytes <= UINT32_MAX) ? at : NULL;
 }
 
 /* A buffer of the thorough walk: 0, -ENOSPC, -EPROTO (a fault is set). A miss is 0: the walk goes on, so that all that the
@@ -154,43 +189,16 @@ static inline int device_add_buffer(struct vq_device *vq, struct iova_pieces *pi
 	return 0;
 }
 
-/* A chain whose pieces begin at `first` and end at `used`. */
-INLINED struct vq_chain device_chain(const struct device_sum *sum, size_t first, size_t used, uint16_t head)
+/* A chain whose pieces begin at `first`. */
+static inline struct vq_chain device_chain(const struct device_sum *sum, const struct iova_pieces *pieces, size_t first,
+					   uint16_t head)
 {
-	return (struct vq_chain){ .first = first,
+	return (struct vq_chain){ .iov = pieces->iov + first,
 				  .readable_pieces = (uint32_t)(sum->behind - first),
-				  .writable_pieces = (uint32_t)(used - sum->behind),
+				  .writable_pieces = (uint32_t)(pieces->used - sum->behind),
 				  .readable = sum->readable,
 				  .writable = sum->writable,
 				  .head = head };
-}
-
-/* A chain of one piece; one of the two lengths is 0. Field by field: a struct would be cleared first. */
-INLINED void device_single(struct vq_chain *chain, size_t first, uint32_t readable, uint32_t writable)
-{
-	chain->first = first;
-	chain->readable_pieces = readable != 0;
-	chain->writable_pieces = writable != 0;
-	chain->readable = readable;
-	chain->writable = writable;
-}
-
-/* The end of a quick walk to `at` through so many bytes; false when they are too many, or not allowed. */
-INLINED bool device_end_chain(struct device_walk *walk, struct vq_chain *chain, size_t at, size_t behind, uint64_t readable,
-			      uint64_t writable)
-{
-	size_t first = walk->at;
-
-	if (UNLIKELY(readable + writable > UINT64_C(1) << 32 || (readable && !(walk->view.perm & IOVA_RO)) ||
-		     (writable && !(walk->view.perm & IOVA_WO))))
-		return false;
-	chain->first = first / PIECE;
-	chain->readable_pieces = (uint32_t)((behind - first) / PIECE);
-	chain->writable_pieces = (uint32_t)((at - behind) / PIECE);
-	chain->readable = readable;
-	chain->writable = writable;
-	walk->at = at;
-	return true;
 }
 
 /* virtio 1.2, 2.7.5.2 */

@@ -17,7 +17,7 @@
 
 /* The packed format of the calls in virtqueue.h; start follows the common part of init. */
 void packed_driver_start(struct vq_driver *vq);
-int packed_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t count, uint64_t token);
+int packed_driver_add(struct vq_driver *vq, const struct vq_request *request);
 size_t packed_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error);
 int packed_driver_publish(struct vq_driver *vq);
 size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit);
@@ -59,51 +59,36 @@ COLD static int driver_refuse(const struct vq_driver *vq, const struct vq_buffer
 }
 
 /* Where the indirect table of a slot lies in the area. */
-static inline uint64_t driver_table(const struct vq_driver *vq, uint16_t head)
+static inline uint64_t driver_table(const struct vq_driver *vq, uint32_t head)
 {
 	return vq->layout.tables + (uint64_t)VRING_DESC_SIZE * head * vq->config.table_entries;
 }
 
-static inline struct vq_driver_slot driver_slot(uint64_t token, uint64_t writable, uint32_t count, uint16_t position)
+static inline struct vq_driver_slot driver_slot(uint64_t token, uint64_t writable, uint32_t count, uint32_t position,
+						uint32_t last)
 {
 	return (struct vq_driver_slot){ .token = token,
 					.writable = writable > UINT32_MAX ? UINT32_MAX : (uint32_t)writable,
 					.count = (uint16_t)count,
-					.position = position };
+					.position = (uint16_t)position,
+					.last = (uint16_t)last };
 }
 
-/* A used entry's length is more than there is to write. What it counts for, or false with a fault. `reserved`: it may have
+/* A used entry's length is more than there is to write. What it counts for, or -1 with a fault. `reserved`: it may have
  * no meaning, see packed_driver.c. */
-COLD static bool driver_judge_length(struct vq_driver *vq, uint32_t id, uint32_t *written, bool reserved)
+COLD static int64_t driver_judge_length(struct vq_driver *vq, uint32_t id, uint32_t written, bool reserved)
 {
 	if (!vq->config.overstated && !reserved) {
-		driver_fault(vq, VQ_USED_LENGTH, id, *written);
-		return false;
+		driver_fault(vq, VQ_USED_LENGTH, id, written);
+		return -1;
 	}
-	*written = vq->config.overstated ? vq->slots[id].writable : 0;
-	return true;
+	return vq->config.overstated ? vq->slots[id].writable : 0;
 }
 
-COLD static bool driver_refuse_used(struct vq_driver *vq, uint32_t where, uint32_t id)
+COLD static int64_t driver_refuse_used(struct vq_driver *vq, uint32_t where, uint32_t id)
 {
 	driver_fault(vq, id >= vq->config.num ? VQ_USED_ID : VQ_USED_NOT_POSTED, where, id);
-	return false;
-}
-
-/* The free id `behind` the next one. */
-struct driver_ids {
-	uint16_t *ids;
-	uint32_t mask, next, step;
-};
-
-static inline struct driver_ids driver_ids(const struct vq_driver *vq)
-{
-	return (struct driver_ids){ vq->ids, vq->ids_mask, vq->ids_next, vq->ids_step };
-}
-
-INLINED uint16_t driver_id(const struct driver_ids *ids, uint32_t behind)
-{
-	return ids->ids[(ids->next + behind * ids->step) & ids->mask];
+	return -1;
 }
 
 /* What used entries are checked against, for loops. */
@@ -118,16 +103,16 @@ static inline struct driver_posted driver_posted(const struct vq_driver *vq)
 	return (struct driver_posted){ vq->slots, vq->config.num, vq->published };
 }
 
-/* A used entry's chain is in flight, and *written is at most what could be written; else false and a fault. */
-INLINED bool driver_check_used(struct vq_driver *vq, struct driver_posted posted, uint32_t where, uint32_t id,
-			       uint32_t *written, bool reserved)
+/* A used entry's chain is in flight, and `written` is at most what could be written: the bytes it says, else -1 and a fault. */
+INLINED int64_t driver_check_used(struct vq_driver *vq, struct driver_posted posted, uint32_t where, uint32_t id,
+				  uint32_t written, bool reserved)
 {
 	const struct vq_driver_slot *slot = &posted.slots[id];
 
 	if (UNLIKELY(id >= posted.num || slot->count == 0 ||
 		     (uint16_t)(posted.published - slot->position - 1) >= VRING_MAX_NUM))
 		return driver_refuse_used(vq, where, id);
-	return LIKELY(*written <= slot->writable) || driver_judge_length(vq, id, written, reserved);
+	return LIKELY(written <= slot->writable) ? written : driver_judge_length(vq, id, written, reserved);
 }
 
 /*
@@ -137,9 +122,10 @@ INLINED bool driver_check_used(struct vq_driver *vq, struct driver_posted posted
 static inline bool driver_take_batch(struct vq_driver *vq, uint32_t where, uint32_t id, uint32_t written, bool reserved,
 				     uint32_t most)
 {
+	int64_t counted = driver_check_used(vq, driver_posted(vq), where, id, written, reserved);
 	uint32_t chains;
 
-	if (!driver_check_used(vq, driver_posted(vq), where, id, &written, reserved))
+	if (counted < 0)
 		return false;
 	chains = (uint16_t)(vq->slots[id].position - vq->slots[vq->oldest].position) + 1u;
 	if (chains > most) {
@@ -147,25 +133,22 @@ static inline bool driver_take_batch(struct vq_driver *vq, uint32_t where, uint3
 		return false;
 	}
 	vq->batch_left = (uint16_t)chains;
-	vq->batch_written = written;
+	vq->batch_written = (uint32_t)counted;
 	return true;
 }
 
 /*
  * The oldest chain of the batch in hand comes back: a device has used all of those that it skipped. How many ring entries
- * it had. Ids were taken one after the other, and go back so.
+ * it had.
  */
 static inline uint16_t driver_reap_oldest(struct vq_driver *vq, struct vq_done *done)
 {
 	uint16_t head = vq->oldest;
 	struct vq_driver_slot *slot = &vq->slots[head];
-	uint16_t count = slot->count, ids = vq->config.packed ? 1 : count;
+	uint16_t count = slot->count;
 
 	*done = (struct vq_done){ slot->token, vq->batch_left == 1 ? vq->batch_written : slot->writable, head };
-	for (; ids; ids--) {
-		vq->ids[vq->ids_end++ & vq->ids_mask] = vq->oldest;
-		vq->oldest = (uint16_t)(vq->oldest + 1u == vq->config.num ? 0 : vq->oldest + 1u);
-	}
+	vq->oldest = vq->next[slot->last];
 	vq->batch_left--;
 	vq->free += count;
 	vq->in_flight--;

@@ -34,7 +34,7 @@ struct iova_map {
 /* A run of pieces, in two parallel arrays so that the iovecs can go to readv() as they are. */
 struct iova_pieces {
 	struct iovec *iov;
-	uint64_t *iova;
+	uint64_t *iova; /* for who looks pieces up again (iova_refresh), or NULL */
 	size_t used;
 	size_t capacity;
 };
@@ -60,46 +60,41 @@ int iova_translate_slow(const struct iova_map *map, size_t *hint, uint64_t iova,
 
 /* The region hit last, as a loop holds it in registers. */
 struct iova_view {
-	uint64_t last;
-	uint64_t span; /* bytes before it */
-	uintptr_t delta; /* from an address to a pointer */
-	uint32_t perm; /* 0: of no region */
+	uint64_t iova;
+	uint64_t size; /* 0: of no region */
+	uint8_t *host;
 };
 
-static inline struct iova_view iova_view(const struct iova_map *map, size_t hint)
+/* `hint` is used when its region has the permission. */
+static inline struct iova_view iova_view(const struct iova_map *map, size_t hint, uint32_t perm)
 {
 	const struct iova_region *region;
 
-	if (hint >= map->count)
-		return (struct iova_view){ .perm = 0 };
+	if (hint >= map->count || (map->regions[hint].perm & perm) != perm)
+		return (struct iova_view){ .size = 0 };
 	region = &map->regions[hint];
-	return (struct iova_view){ region->last, region->last - region->iova, (uintptr_t)region->host - region->iova,
-				   region->perm };
+	return (struct iova_view){ region->iova, region->last - region->iova + 1, region->host };
 }
 
-/* Whether all of a range lies in the view; not so for an empty one, whose length - 1 is out of every bound. */
-static inline bool iova_covers(const struct iova_view *view, uint64_t iova, uint64_t length)
+/* Whether all of a range lies in the view, which it does not when it is empty; `offset` is from where the view begins, and
+ * of any size for a range that begins elsewhere. */
+static inline bool iova_covers(const struct iova_view *view, uint64_t offset, uint64_t length)
 {
-	uint64_t behind = view->last - iova; /* beyond every span when iova is not in it */
+	uint64_t last = offset + length - 1; /* less than offset for nothing, or when it wraps */
 
-	return behind <= view->span && length - 1 <= behind;
-}
-
-static inline void *iova_in_view(const struct iova_view *view, uint64_t iova)
-{
-	return (void *)(uintptr_t)(iova + view->delta);
+	return last < view->size && last >= offset;
 }
 
 static inline int iova_translate(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length,
 				 uint32_t perm, struct iova_pieces *out)
 {
-	const struct iova_view view = iova_view(map, *hint);
+	const struct iova_view view = iova_view(map, *hint, perm);
+	uint64_t offset = iova - view.iova;
 
-	if (out->used < out->capacity && iova_covers(&view, iova, length) &&
-	    (view.perm & perm) == perm) { /* the common case */
-		out->iov[out->used].iov_base = iova_in_view(&view, iova);
-		out->iov[out->used].iov_len = (size_t)length;
-		out->iova[out->used] = iova;
+	if (out->used < out->capacity && iova_covers(&view, offset, length)) { /* the common case */
+		out->iov[out->used] = (struct iovec){ view.host + offset, (size_t)length };
+		if (out->iova)
+			out->iova[out->used] = iova;
 		out->used++;
 		return 0;
 	}

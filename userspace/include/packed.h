@@ -85,23 +85,6 @@ static inline uint16_t cursor_next(uint16_t cursor, uint32_t num)
 									 (uint16_t)(~cursor & CURSOR_WRAP);
 }
 
-/*
- * By as many as the last time, most often: *usual. Where a chain ends is read from memory, and the next one
- * begins there; a guess that the processor checks in the background lets it look at both at once.
- */
-static inline uint16_t cursor_skip(uint16_t cursor, uint32_t count, uint32_t *usual, uint32_t num)
-{
-	uint32_t guess = *usual, compared = *usual;
-
-	/* Else the compiler knows that count is the same, and waits for it. */
-	__asm__ volatile("" : "+r"(guess));
-	__asm__ volatile("" : "+r"(compared));
-	if (__builtin_expect(count == compared, 1))
-		return cursor_advance(cursor, guess, num);
-	*usual = count;
-	return cursor_advance(cursor, count, num);
-}
-
 static inline struct packed_desc *packed_at(const struct packed_ring *ring, uint16_t cursor)
 {
 	return &ring->desc[cursor_position(cursor)];
@@ -156,6 +139,52 @@ static inline uint16_t used_mark(uint16_t cursor)
 static inline bool marked(uint16_t flags, uint16_t mark)
 {
 	return (flags & (PACKED_AVAIL | PACKED_USED)) == mark;
+}
+
+/* A cursor as loops hold it: the position, and what marks a descriptor there, as available or as used. */
+struct packed_spot {
+	uint32_t position, mark;
+};
+
+static inline struct packed_spot packed_spot(uint16_t cursor, uint16_t mark)
+{
+	return (struct packed_spot){ cursor_position(cursor), mark };
+}
+
+static inline uint16_t spot_cursor(struct packed_spot spot)
+{
+	return (uint16_t)(spot.position | (spot.mark & PACKED_AVAIL ? CURSOR_WRAP : 0));
+}
+
+static inline struct packed_desc *spot_desc(const struct packed_ring *ring, struct packed_spot spot)
+{
+	return &ring->desc[spot.position];
+}
+
+static inline struct packed_spot spot_advance(struct packed_spot spot, uint32_t count, uint32_t num)
+{
+	spot.position += count;
+	if (UNLIKELY(spot.position >= num)) {
+		spot.position -= num;
+		spot.mark ^= PACKED_AVAIL | PACKED_USED; /* both kinds of mark differ so from one lap to the next */
+	}
+	return spot;
+}
+
+/*
+ * By as many as the last time, most often: *usual. Where a chain ends is read from memory, and the next one
+ * begins there; a guess that the processor checks in the background lets it look at both at once.
+ */
+static inline struct packed_spot spot_skip(struct packed_spot spot, uint32_t count, uint32_t *usual, uint32_t num)
+{
+	uint32_t guess = *usual, compared = *usual;
+
+	/* Else the compiler knows that count is the same, and waits for it. */
+	__asm__ volatile("" : "+r"(guess));
+	__asm__ volatile("" : "+r"(compared));
+	if (UNLIKELY(count != compared))
+		guess = *usual = count;
+	return spot_advance(spot, guess, num);
 }
 
 static inline uint32_t event_value(uint32_t flags, uint16_t cursor)

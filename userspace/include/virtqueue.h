@@ -74,9 +74,9 @@ bool vq_base_valid(uint32_t num, uint32_t base, bool packed);
 
 /* ---- device ---- */
 
-/* Pieces first .. first + readable_pieces are for reading, the writable ones follow them. */
+/* The pieces for reading, and behind them the writable ones; they lie where vq_device_pop was told to put them. */
 struct vq_chain {
-	size_t first;
+	struct iovec *iov;
 	uint32_t readable_pieces;
 	uint32_t writable_pieces;
 	uint64_t readable;
@@ -219,6 +219,7 @@ struct vq_driver_slot {
 	uint32_t writable; /* bytes; 2^32 - 1 for all of 2^32, as no used length says more */
 	uint16_t count; /* descriptors of the chain that starts here (packed: has this id); 0: none does */
 	uint16_t position; /* what `added` was when it was added */
+	uint16_t last; /* the chain's last descriptor (packed: its id) */
 };
 
 struct vq_driver_config {
@@ -249,16 +250,15 @@ struct vq_driver {
 	uint16_t batch; /* descriptors added and not published */
 	uint16_t withheld_flags; /* of the batch's first descriptor */
 	struct packed_desc *withheld; /* that descriptor */
-	/* Free descriptors (packed: ids): a stack, or with in_order a queue, whose places are a power of 2. */
-	uint16_t *ids;
-	uint32_t ids_mask;
-	uint32_t ids_next; /* where the next one is */
-	uint32_t ids_step; /* from there to the one behind it: -1 or 1 */
-	uint32_t ids_end; /* of the queue */
+	/*
+	 * Free descriptors (packed: ids) are a list, of which chains take their descriptors in order, and leave them linked. With
+	 * in_order the list is a ring that never changes: what comes back first is behind what was free last.
+	 */
+	uint16_t *next;
+	uint16_t free_id; /* where it begins */
 	uint32_t free; /* descriptors */
 	uint32_t in_flight;
 	struct vq_driver_slot *slots;
-	uint16_t *next; /* split: of a descriptor in flight, the chain's next */
 	struct vq_fault fault;
 	/* with in_order: */
 	uint16_t oldest; /* head of the chain that comes back next */

@@ -18,6 +18,7 @@
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define INLINED __attribute__((always_inline)) static inline
+#define APART __attribute__((noinline)) static
 #define COLD __attribute__((cold, noinline))
 
 enum {

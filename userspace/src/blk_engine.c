@@ -33,9 +33,9 @@ struct blk_request {
 enum outcome { DONE, STARTED, ODD };
 
 /* Reads a request's header once; false: not plain. The pieces are ours to change. */
-static bool parse(const struct blk_engine *blk, const struct vq_chain *chain, struct iovec *pieces, struct blk_request *r)
+static bool parse(const struct blk_engine *blk, const struct vq_chain *chain, struct blk_request *r)
 {
-	struct iovec *writable = pieces + chain->readable_pieces, *last = writable + chain->writable_pieces - 1;
+	struct iovec *pieces = chain->iov, *writable = pieces + chain->readable_pieces, *last = writable + chain->writable_pieces - 1;
 	struct {
 		uint32_t type, reserved;
 		uint64_t sector;
@@ -191,12 +191,12 @@ static enum outcome forget(const struct blk_request *r)
 	return done(r);
 }
 
-static enum outcome serve(struct blk_engine *blk, const struct vq_chain *chain, struct iovec *pieces, struct vq_used *used)
+static enum outcome serve(struct blk_engine *blk, const struct vq_chain *chain, struct vq_used *used)
 {
 	struct blk_request request;
 	enum outcome outcome = ODD;
 
-	if (!parse(blk, chain, pieces, &request))
+	if (!parse(blk, chain, &request))
 		return ODD;
 	*used = (struct vq_used){ .written = request.written, .head = request.head };
 	switch (blk->config.medium) {
@@ -277,7 +277,7 @@ static int blk_turn(struct engine *engine)
 	count = limit ? vq_device_pop(ring->vq, ring->chains, limit, ring->pieces) : 0;
 	blk->batch = count < limit ? BATCH_FIRST : limit < most ? 2 * limit : most;
 	for (i = 0; i < count; i++) {
-		enum outcome outcome = serve(blk, &ring->chains[i], ring->pieces->iov + ring->chains[i].first, &ring->done[ready]);
+		enum outcome outcome = serve(blk, &ring->chains[i], &ring->done[ready]);
 
 		if (outcome == ODD)
 			break;

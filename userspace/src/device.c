@@ -38,63 +38,51 @@ INLINED uint32_t next_of(uint64_t second)
 }
 
 /*
- * The usual chain: see struct device_walk, which then stands behind it. Readable buffers first, then writable ones, each
- * kind in a loop of its own. A chain that loops ends for want of room, if not before.
+ * A usual chain of several buffers, at `at`, the first descriptor's second word being read already: see struct device_walk.
+ * Readable buffers come first, then writable ones, each kind in a loop of its own, where flags are compared once. A chain
+ * that loops ends for want of room, if not before.
  */
-INLINED bool walk_quickly(const struct vring *ring, struct device_walk *walk, struct vq_chain *chain)
+INLINED struct iovec *walk_quickly(const struct device_walk *walk, const struct vring *ring, struct vq_chain *chain,
+				 struct iovec *at, uint32_t head, uint64_t second)
 {
-	uint64_t address = desc_first(ring, chain->head), second = desc_second(ring, chain->head);
-	uint64_t readable = 0, writable = 0;
-	size_t first = walk->at, at = first, behind = first;
-	uint32_t flags = flags_of(second);
+	uint64_t address = desc_first(ring, head), bytes = 0, readable;
+	struct iovec *first = at, *behind;
 	struct vring from = *ring; /* or the table */
 
-	if (flags == 0 && (walk->view.perm & IOVA_RO)) { /* one buffer */
-		device_single(chain, first / PIECE, length_of(second), 0);
-		return device_append_quickly(walk, &walk->at, address, length_of(second));
-	}
-	if (flags == DESC_WRITE && (walk->view.perm & IOVA_WO)) {
-		device_single(chain, first / PIECE, 0, length_of(second));
-		return device_append_quickly(walk, &walk->at, address, length_of(second));
-	}
-	if (flags == DESC_INDIRECT) {
+	if (flags_of(second) == DESC_INDIRECT) {
 		from.desc = device_table(walk, address, length_of(second));
 		from.num = length_of(second) / VRING_DESC_SIZE;
 		if (UNLIKELY(!from.desc))
-			return false;
+			return NULL;
 		address = desc_first(&from, 0);
 		second = desc_second(&from, 0);
-		flags = flags_of(second);
 	}
-	while (!(flags & (DESC_WRITE | DESC_INDIRECT))) {
-		if (!device_append_quickly(walk, &at, address, length_of(second)))
-			return false;
-		readable += length_of(second);
+	while (flags_of(second) == DESC_NEXT) {
+		if (UNLIKELY(next_of(second) >= from.num) || !device_append_quickly(walk, &at, address, length_of(second)))
+			return NULL;
+		bytes += length_of(second);
+		address = desc_first(&from, next_of(second));
+		second = desc_second(&from, next_of(second));
+	}
+	behind = at;
+	readable = bytes;
+	while (flags_of(second) == (DESC_NEXT | DESC_WRITE)) {
+		if (UNLIKELY(next_of(second) >= from.num) || !device_append_quickly(walk, &at, address, length_of(second)))
+			return NULL;
+		bytes += length_of(second);
+		address = desc_first(&from, next_of(second));
+		second = desc_second(&from, next_of(second));
+	}
+	if (!device_append_quickly(walk, &at, address, length_of(second)))
+		return NULL;
+	bytes += length_of(second);
+	if (flags_of(second) == 0 && LIKELY(at - behind == 1)) { /* the last one is readable, as are those before */
 		behind = at;
-		if (!(flags & DESC_NEXT))
-			goto end;
-		if (UNLIKELY(next_of(second) >= from.num))
-			return false;
-		address = desc_first(&from, next_of(second));
-		second = desc_second(&from, next_of(second));
-		flags = flags_of(second);
+		readable = bytes;
+	} else if (UNLIKELY(flags_of(second) != DESC_WRITE)) {
+		return NULL;
 	}
-	for (;;) {
-		if (UNLIKELY((flags & (DESC_WRITE | DESC_INDIRECT)) != DESC_WRITE) ||
-		    !device_append_quickly(walk, &at, address, length_of(second)))
-			return false;
-		writable += length_of(second);
-		if (!(flags & DESC_NEXT))
-			break;
-		if (UNLIKELY(next_of(second) >= from.num))
-			return false;
-		address = desc_first(&from, next_of(second));
-		second = desc_second(&from, next_of(second));
-		flags = flags_of(second);
-	}
-end:
-	return LIKELY(at - first <= PIECE * (size_t)from.num) &&
-	       device_end_chain(walk, chain, at, behind, readable, writable);
+	return LIKELY((size_t)(at - first) <= from.num) ? device_walk_end(chain, first, behind, at, readable, bytes) : NULL;
 }
 
 /* A chain's table is opened, and its descriptors follow; false with a fault or misses. */
@@ -143,14 +131,13 @@ static int walk(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chai
 			return device_broken(vq, VQ_NEXT_RANGE, index, desc.next);
 		index = desc.next;
 	}
-	*chain = device_chain(&sum, first, pieces->used, head);
+	*chain = device_chain(&sum, pieces, first, head);
 	return device_sum_allowed(&sum) ? 0 : device_broken(vq, VQ_CHAIN_BYTES, head, sum.readable + sum.writable);
 }
 
 /* The same, out of the loop that pops; false when the chain is not taken. */
-COLD static bool walk_thoroughly(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chain *chain)
+COLD static bool walk_thoroughly(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chain *chain, uint16_t head)
 {
-	uint16_t head = chain->head;
 	size_t first = pieces->used;
 	int error = walk(vq, pieces, chain, head);
 
@@ -168,56 +155,55 @@ COLD static void refuse(struct vq_device *vq, uint16_t next, uint16_t head)
 	device_fault(vq, head < vq->config.num ? VQ_HEAD_BUSY : VQ_HEAD_RANGE, next, head);
 }
 
-/* Notes the next `count` heads in `chains`, up to one that is not in the ring or in flight; how many. */
-INLINED size_t take_heads(const struct vq_device *vq, const struct vring *ring, struct vq_chain *chains, size_t count)
-{
-	uint16_t *busy = vq->busy;
-	uint32_t next = vq->next_avail;
-
-	for (size_t i = 0; i < count; i++, next++) {
-		uint16_t head = ring16_load(avail_slot(ring, (uint16_t)next), memory_order_relaxed);
-
-		chains[i].head = head;
-		if (UNLIKELY(head >= ring->num || busy[head]))
-			return i;
-		busy[head] = 1;
-	}
-	return count;
-}
-
 size_t vq_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces)
 {
 	struct device_walk walk;
+	struct iovec *at;
 	struct vring ring;
-	size_t count, heads;
-	uint16_t ready;
+	uint16_t *busy = vq->busy, next = vq->next_avail, ready;
+	size_t count;
 
 	if (vq->config.packed)
 		return packed_device_pop(vq, chains, limit, pieces);
 	vq->missing = 0;
 	if (!device_usable(vq))
 		return 0;
-	ready = (uint16_t)(vq->avail_seen - vq->next_avail);
+	ready = (uint16_t)(vq->avail_seen - next);
 	if (ready < limit)
 		ready = waiting(vq);
 	ring = vq->ring;
 	limit = limit < ready ? limit : ready;
-	heads = take_heads(vq, &ring, chains, limit);
-	walk = device_walk_start(vq, pieces);
-	for (count = 0; count < heads; count++) {
-		if (LIKELY(walk_quickly(&ring, &walk, &chains[count])))
-			continue;
-		pieces->used = walk.at / PIECE;
-		if (!walk_thoroughly(vq, pieces, &chains[count]))
+	walk = device_walk(vq, pieces);
+	at = pieces->iov + pieces->used;
+	for (count = 0; count < limit; count++, next++) {
+		uint16_t head = ring16_load(avail_slot(&ring, next), memory_order_relaxed);
+		struct vq_chain *chain = &chains[count];
+		struct iovec *behind;
+		uint64_t second;
+
+		if (UNLIKELY(head >= ring.num || busy[head])) {
+			refuse(vq, next, head);
 			break;
-		walk = device_walk_start(vq, pieces);
+		}
+		chain->head = head;
+		second = desc_second(&ring, head);
+		if (!(flags_of(second) & (DESC_NEXT | DESC_INDIRECT)))
+			behind = device_walk_one(&walk, chain, at, desc_first(&ring, head), length_of(second),
+						 flags_of(second) & DESC_WRITE);
+		else
+			behind = walk_quickly(&walk, &ring, chain, at, head, second);
+		if (UNLIKELY(!behind)) {
+			device_walked(&walk, pieces, at);
+			if (!walk_thoroughly(vq, pieces, chain, head))
+				break;
+			walk = device_walk(vq, pieces);
+			behind = pieces->iov + pieces->used;
+		}
+		at = behind;
+		busy[head] = 1;
 	}
-	for (size_t i = count; i < heads; i++) /* all were taken, and not all could be had */
-		vq->busy[chains[i].head] = 0;
-	if (UNLIKELY(count == heads && heads < limit))
-		refuse(vq, (uint16_t)(vq->next_avail + count), chains[count].head);
-	pieces->used = walk.at / PIECE;
-	vq->next_avail = vq->looked = (uint16_t)(vq->next_avail + count);
+	device_walked(&walk, pieces, at);
+	vq->next_avail = vq->looked = next;
 	device_note_order(vq, chains, count);
 	if (!device_sound(vq))
 		return 0;

@@ -134,8 +134,7 @@ bool device_open_table(struct vq_device *vq, uint16_t head, uint64_t address, ui
 {
 	uint32_t most = vq->config.num > VQ_INDIRECT_MAX ? vq->config.num : VQ_INDIRECT_MAX;
 	struct iovec iov;
-	uint64_t at;
-	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
+	struct iova_pieces one = { .iov = &iov, .capacity = 1 };
 
 	if (length == 0 || length % VRING_DESC_SIZE || length / VRING_DESC_SIZE > most)
 		return device_fault(vq, VQ_INDIRECT_SIZE, head, length);

@@ -42,8 +42,6 @@ static void split_start(struct vq_driver *vq)
 
 int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 {
-	uint32_t places = 1;
-
 	memset(vq, 0, sizeof(*vq));
 	if (!vq_num_valid(config->num, config->packed) || !vq_base_valid(config->num, config->base, config->packed) ||
 	    (config->packed && config->base >> 16 != (uint16_t)config->base) ||
@@ -52,23 +50,16 @@ int vq_driver_init(struct vq_driver *vq, const struct vq_driver_config *config)
 		return -EINVAL;
 	vq->config = *config;
 	vq->layout = vq_layout(config->num, config->table_entries, config->packed);
-	while (places < config->num)
-		places *= 2;
 	vq->slots = calloc(config->num, sizeof(*vq->slots));
 	vq->next = calloc(config->num, sizeof(*vq->next));
-	vq->ids = calloc(places, sizeof(*vq->ids));
-	if (!vq->slots || !vq->next || !vq->ids) {
+	if (!vq->slots || !vq->next) {
 		vq_driver_destroy(vq);
 		return -ENOMEM;
 	}
 	/* Taken from 0 on. Used in order, chains keep up the ring's order, as they must: virtio 1.2, 2.7.9. Otherwise what is
 	 * likely to be in the caches comes first. */
 	for (uint32_t i = 0; i < config->num; i++)
-		vq->ids[i] = (uint16_t)(config->in_order ? i : config->num - 1 - i);
-	vq->ids_mask = places - 1;
-	vq->ids_next = config->in_order ? 0 : config->num - 1;
-	vq->ids_step = config->in_order ? 1 : UINT32_MAX;
-	vq->ids_end = config->num;
+		vq->next[i] = (uint16_t)(i + 1 == config->num ? 0 : i + 1);
 	vq->free = config->num;
 	memset(config->area, 0, vq->layout.size);
 	if (config->packed)
@@ -83,23 +74,19 @@ void vq_driver_destroy(struct vq_driver *vq)
 {
 	free(vq->slots);
 	free(vq->next);
-	free(vq->ids);
 	vq->slots = NULL;
 	vq->next = NULL;
-	vq->ids = NULL;
 }
 
 /* What adding moves, and what it needs for that. */
 struct place {
-	struct driver_ids ids;
-	uint16_t *next;
+	const uint16_t *next;
 	struct vq_driver_slot *slots;
-	uint32_t free;
-	uint16_t added;
+	uint32_t free, id, added;
 };
 
 /* Fills the table of a head, whose descriptor then stands for the whole chain; its writable bytes, or a negative errno. */
-static int64_t add_table(const struct vq_driver *vq, uint16_t head, const struct vq_buffer *buffers, size_t readable,
+static int64_t add_table(const struct vq_driver *vq, uint32_t head, const struct vq_buffer *buffers, size_t readable,
 			 size_t count)
 {
 	uint64_t offset = driver_table(vq, head), total = 0, before = 0;
@@ -122,90 +109,117 @@ static int64_t add_table(const struct vq_driver *vq, uint16_t head, const struct
 	return LIKELY(total <= UINT64_C(1) << 32) ? (int64_t)(total - before) : -EINVAL; /* virtio 1.2, 2.7.5.2 */
 }
 
-/* The chain that starts at `head` is in the ring. */
-INLINED void post(const struct vring *ring, struct place *at, uint32_t head, uint64_t token, uint64_t writable,
-		  uint32_t needed)
+/* The chain from the first free descriptor to `last` is in the ring; the head. */
+INLINED int post(const struct vring *ring, struct place *at, uint64_t token, uint64_t writable, uint32_t needed, uint32_t last)
 {
-	ring16_store(avail_slot(ring, at->added), (uint16_t)head, memory_order_relaxed);
-	at->slots[head] = driver_slot(token, writable, needed, at->added);
+	uint32_t head = at->id;
+
+	ring16_store(avail_slot(ring, (uint16_t)at->added), (uint16_t)head, memory_order_relaxed);
+	at->slots[head] = driver_slot(token, writable, needed, at->added, last);
 	at->free -= needed;
-	at->ids.next += needed * at->ids.step;
+	at->id = at->next[last];
 	at->added++;
+	return (int)head;
 }
 
-/*
- * Writes buffers into the free descriptors from the one `behind` on, each pointing to the next one; the last one's flags
- * are `last`. False for an empty buffer.
- */
-INLINED bool describe(const struct vring *ring, const struct place *at, uint32_t behind, const struct vq_buffer *buffers,
-		      uint32_t count, uint32_t flags, uint32_t last, uint64_t *bytes)
+/* Writes a buffer into the descriptor `index`, and counts its bytes; false for an empty one. */
+INLINED bool describe_one(const struct vring *ring, uint32_t index, const struct vq_buffer *buffer, uint32_t flags,
+			  uint32_t next, uint64_t *bytes)
 {
-	uint32_t index = driver_id(&at->ids, behind);
+	uint32_t length = buffer->length;
 
-	for (uint32_t i = 0; i < count; i++) {
-		uint32_t next = driver_id(&at->ids, behind + i + 1);
+	desc_store(&ring->desc[2 * (size_t)index],
+		   (struct vring_desc_value){ buffer->iova, length, (uint16_t)flags, (uint16_t)next });
+	*bytes += length;
+	return LIKELY(length);
+}
 
-		if (UNLIKELY(buffers[i].length == 0))
-			return false;
-		*bytes += buffers[i].length;
-		desc_store(&ring->desc[2 * (size_t)index],
-			   (struct vring_desc_value){ buffers[i].iova, buffers[i].length,
-						      (uint16_t)(i + 1 < count ? flags : last), (uint16_t)next });
-		at->next[index] = (uint16_t)next;
-		index = next;
+/* What became of a request's buffers. */
+struct described {
+	int64_t writable; /* bytes; negative: they cannot be a chain */
+	uint32_t last; /* descriptor */
+};
+
+static const struct described REFUSED = { -1, 0 };
+
+/* Writes buffers, of which there is one at least, into the free descriptors from `at` on, each but the last one pointing to
+ * the next. virtio 1.2, 2.7.5.2 */
+APART struct described describe(const struct vring *ring, const uint16_t *next, uint32_t at, const struct vq_request *request)
+{
+	const struct vq_buffer *buffer = request->buffers;
+	uint32_t ins = request->readable, outs = request->writable;
+	uint64_t bytes = 0, before;
+
+	for (ins -= !outs; ins; ins--) {
+		uint32_t behind = next[at];
+
+		if (!describe_one(ring, at, buffer++, DESC_NEXT, behind, &bytes))
+			return REFUSED;
+		at = behind;
 	}
-	return true;
+	if (!outs) {
+		bool good = describe_one(ring, at, buffer, 0, 0, &bytes) && bytes <= UINT64_C(1) << 32;
+
+		return good ? (struct described){ 0, at } : REFUSED;
+	}
+	before = bytes;
+	while (--outs) {
+		uint32_t behind = next[at];
+
+		if (!describe_one(ring, at, buffer++, DESC_NEXT | DESC_WRITE, behind, &bytes))
+			return REFUSED;
+		at = behind;
+	}
+	if (!describe_one(ring, at, buffer, DESC_WRITE, 0, &bytes) || UNLIKELY(bytes > UINT64_C(1) << 32))
+		return REFUSED;
+	return (struct described){ (int64_t)(bytes - before), at };
 }
 
 /*
  * The head, or a negative errno. Descriptors are written while they are checked: the device sees none before they are
- * published. Where the last one points has no meaning.
+ * published.
  */
-INLINED int add(struct vq_driver *vq, const struct vring *ring, struct place *at, const struct vq_buffer *buffers,
-		size_t readable, size_t count, uint64_t token)
+INLINED int add(const struct vq_driver *vq, const struct vring *ring, struct place *at, const struct vq_request *request)
 {
-	uint32_t head = driver_id(&at->ids, 0);
+	size_t count = (size_t)request->readable + request->writable;
+	uint32_t head = at->id;
 
 	if (UNLIKELY(count == 0 || at->free == 0))
-		return driver_refuse(vq, buffers, count);
+		return driver_refuse(vq, request->buffers, count);
 	if (count == 1) {
-		uint32_t length = buffers[0].length;
+		const struct vq_buffer *only = request->buffers;
+		uint32_t write = request->writable;
 
-		if (UNLIKELY(length == 0))
+		if (UNLIKELY(only->length == 0))
 			return -EINVAL;
 		desc_store(&ring->desc[2 * (size_t)head],
-			   (struct vring_desc_value){ buffers[0].iova, length, readable ? 0 : DESC_WRITE, 0 });
-		post(ring, at, head, token, readable ? 0 : length, 1);
-	} else if (count <= vq->config.table_entries) {
-		int64_t writable = add_table(vq, (uint16_t)head, buffers, readable, count);
-
-		if (UNLIKELY(writable < 0))
-			return (int)writable;
-		post(ring, at, head, token, (uint64_t)writable, 1);
-	} else {
-		uint64_t before = 0, behind = 0; /* bytes of the readable and of the writable buffers */
-		uint32_t ins = (uint32_t)readable, outs = (uint32_t)(count - readable);
-
-		if (UNLIKELY(count > at->free || !describe(ring, at, 0, buffers, ins, DESC_NEXT, outs ? DESC_NEXT : 0, &before) ||
-			     !describe(ring, at, ins, buffers + ins, outs, DESC_NEXT | DESC_WRITE, DESC_WRITE, &behind) ||
-			     before + behind > UINT64_C(1) << 32)) /* virtio 1.2, 2.7.5.2 */
-			return driver_refuse(vq, buffers, count);
-		post(ring, at, head, token, behind, (uint32_t)count);
+			   (struct vring_desc_value){ only->iova, only->length, write ? DESC_WRITE : 0, 0 });
+		return post(ring, at, request->token, write ? only->length : 0, 1, head);
 	}
-	return (int)head;
+	if (count <= vq->config.table_entries) {
+		int64_t writable = add_table(vq, head, request->buffers, request->readable, count);
+
+		return UNLIKELY(writable < 0) ? (int)writable : post(ring, at, request->token, (uint64_t)writable, 1, head);
+	} else {
+		struct described chain = LIKELY(count <= at->free) ? describe(ring, at->next, head, request) : REFUSED;
+
+		if (UNLIKELY(chain.writable < 0))
+			return driver_refuse(vq, request->buffers, count);
+		return post(ring, at, request->token, (uint64_t)chain.writable, (uint32_t)count, chain.last);
+	}
 }
 
 static inline struct place place_of(const struct vq_driver *vq)
 {
-	return (struct place){ driver_ids(vq), vq->next, vq->slots, vq->free, vq->added };
+	return (struct place){ vq->next, vq->slots, vq->free, vq->free_id, vq->added };
 }
 
 static inline void move_to(struct vq_driver *vq, struct place at)
 {
-	vq->in_flight += (uint16_t)(at.added - vq->added);
-	vq->ids_next = at.ids.next;
+	vq->in_flight += at.added - vq->added;
+	vq->free_id = (uint16_t)at.id;
 	vq->free = at.free;
-	vq->added = at.added;
+	vq->added = (uint16_t)at.added;
 }
 
 size_t vq_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error)
@@ -220,8 +234,7 @@ size_t vq_driver_add_many(struct vq_driver *vq, const struct vq_request *request
 	if (vq->config.packed)
 		return packed_driver_add_many(vq, requests, count, error);
 	for (i = 0; i < count; i++) {
-		const struct vq_request *r = &requests[i];
-		int head = add(vq, &ring, &at, r->buffers, r->readable, (size_t)r->readable + r->writable, r->token);
+		int head = add(vq, &ring, &at, &requests[i]);
 
 		if (UNLIKELY(head < 0)) {
 			*error = head;
@@ -234,15 +247,18 @@ size_t vq_driver_add_many(struct vq_driver *vq, const struct vq_request *request
 
 int vq_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t writable, uint64_t token)
 {
+	const struct vq_request request = { buffers, (uint32_t)readable, (uint32_t)writable, token };
 	const struct vring ring = vq->ring;
 	struct place at = place_of(vq);
 	int head;
 
 	if (vq->fault.code != VQ_OK)
 		return -EPROTO;
+	if (UNLIKELY(readable > UINT32_MAX || writable > UINT32_MAX))
+		return -EINVAL;
 	if (vq->config.packed)
-		return packed_driver_add(vq, buffers, readable, readable + writable, token);
-	head = add(vq, &ring, &at, buffers, readable, readable + writable, token);
+		return packed_driver_add(vq, &request);
+	head = add(vq, &ring, &at, &request);
 	move_to(vq, at);
 	return head;
 }
@@ -312,8 +328,8 @@ size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 {
 	const struct driver_posted posted = driver_posted(vq);
 	const struct vring ring = vq->ring;
-	uint16_t ready, at = vq->last_used, *ids = vq->ids;
-	uint32_t free = vq->ids_next; /* ids on the stack, less one */
+	uint16_t ready, at = vq->last_used, id_free = vq->free_id, *next = vq->next;
+	uint32_t free = vq->free;
 	size_t count = 0;
 
 	if (vq->config.packed)
@@ -327,23 +343,23 @@ size_t vq_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t limit)
 	}
 	ready = waiting(vq);
 	for (; count < limit && count < ready; count++) {
-		uint32_t written, id = load_used(used_slot(&ring, at), &written);
+		uint32_t said, id = load_used(used_slot(&ring, at), &said);
+		int64_t written = driver_check_used(vq, posted, at, id, said, false);
 		struct vq_driver_slot *slot;
 
-		if (!driver_check_used(vq, posted, at, id, &written, false))
+		if (UNLIKELY(written < 0))
 			break;
 		slot = &posted.slots[id];
-		done[count] = (struct vq_done){ .token = slot->token, .written = written, .head = (uint16_t)id };
+		done[count] = (struct vq_done){ .token = slot->token, .written = (uint32_t)written, .head = (uint16_t)id };
 		free += slot->count;
-		ids[free] = (uint16_t)id;
-		for (uint32_t i = 1; UNLIKELY(i < slot->count); i++)
-			ids[free - i] = (uint16_t)(id = vq->next[id]);
+		next[slot->last] = id_free;
+		id_free = (uint16_t)id;
 		slot->count = 0;
 		at++;
 	}
 	vq->last_used = at;
-	vq->ids_next = free;
-	vq->free = free + 1;
+	vq->free_id = id_free;
+	vq->free = free;
 	vq->in_flight -= (uint32_t)count;
 	(void)driver_sound(vq);
 	return count;

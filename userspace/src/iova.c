@@ -122,7 +122,8 @@ int iova_translate_slow(const struct iova_map *map, size_t *hint, uint64_t iova,
 			here = length - 1;
 		out->iov[used].iov_base = region->host + (iova - region->iova);
 		out->iov[used].iov_len = (size_t)here + 1;
-		out->iova[used] = iova;
+		if (out->iova)
+			out->iova[used] = iova;
 		used++;
 		length -= here + 1;
 		if (length == 0)
@@ -136,8 +137,7 @@ int iova_translate_slow(const struct iova_map *map, size_t *hint, uint64_t iova,
 void *iova_contiguous(const struct iova_map *map, size_t *hint, uint64_t iova, uint64_t length, uint32_t perm)
 {
 	struct iovec iov;
-	uint64_t at;
-	struct iova_pieces one = { .iov = &iov, .iova = &at, .used = 0, .capacity = 1 };
+	struct iova_pieces one = { .iov = &iov, .capacity = 1 };
 
 	if (length == 0 || iova_translate(map, hint, iova, length, perm, &one))
 		return NULL;

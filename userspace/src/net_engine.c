@@ -8,14 +8,14 @@
 
 enum { RX, TX, GROUP = 1, NUM_BUFFERS = 10, FRAME = 60 };
 
-static struct chain_part readable(const struct engine_ring *ring, const struct vq_chain *chain)
+static struct chain_part readable(const struct vq_chain *chain)
 {
-	return (struct chain_part){ ring->pieces->iov + chain->first, chain->readable_pieces };
+	return (struct chain_part){ chain->iov, chain->readable_pieces };
 }
 
-static struct chain_part writable(const struct engine_ring *ring, const struct vq_chain *chain)
+static struct chain_part writable(const struct vq_chain *chain)
 {
-	return (struct chain_part){ ring->pieces->iov + chain->first + chain->readable_pieces, chain->writable_pieces };
+	return (struct chain_part){ chain->iov + chain->readable_pieces, chain->writable_pieces };
 }
 
 /* Whether a frame comes back. Its address is read once. */
@@ -72,14 +72,14 @@ static int exchange(struct net_engine *net, struct engine_ring *rx, struct engin
 	for (size_t i = 0; i < count; i++) {
 		tx->done[i] = (struct vq_used){ .written = 0, .head = tx->chains[i].head };
 		which[wanted] = (uint16_t)i;
-		wanted += accepted(net, readable(tx, &tx->chains[i]));
+		wanted += accepted(net, readable(&tx->chains[i]));
 	}
 	if (wanted) {
 		rx->pieces->used = 0;
 		room = vq_device_pop(rx->vq, rx->chains, wanted, rx->pieces);
 		for (size_t i = 0; i < room; i++)
 			net->received[i] = (struct vq_used){
-				.written = give(net, readable(tx, &tx->chains[which[i]]), writable(rx, &rx->chains[i])),
+				.written = give(net, readable(&tx->chains[which[i]]), writable(&rx->chains[i])),
 				.head = rx->chains[i].head
 			};
 		if (room)
@@ -106,7 +106,7 @@ static int fill(struct net_engine *net, struct engine_ring *rx)
 	count = vq_device_pop(rx->vq, rx->chains, ENGINE_BATCH, rx->pieces);
 	for (size_t i = 0; i < count; i++)
 		net->received[i] = (struct vq_used){
-			.written = (uint32_t)chain_scatter(writable(rx, &rx->chains[i]), 0, frame, net->header + FRAME),
+			.written = (uint32_t)chain_scatter(writable(&rx->chains[i]), 0, frame, net->header + FRAME),
 			.head = rx->chains[i].head
 		};
 	if (count)

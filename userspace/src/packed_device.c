@@ -6,10 +6,10 @@
  */
 #include "device_end.h"
 
-INLINED bool available(const struct packed_ring *ring, uint16_t cursor)
+INLINED bool available(const struct packed_ring *ring, struct packed_spot spot)
 {
 	/* pair [E]: acquire, sees what the driver stored before these flags. virtio 1.2, 2.8.21.1 */
-	return marked(ring16_load(&packed_at(ring, cursor)->flags, memory_order_acquire), available_mark(cursor));
+	return marked(ring16_load(&spot_desc(ring, spot)->flags, memory_order_acquire), (uint16_t)spot.mark);
 }
 
 /* The buffers of an indirect table: all of them are in it, flags but WRITE mean nothing. virtio 1.2, 2.8.7 */
@@ -41,88 +41,75 @@ COLD static void refuse(struct vq_device *vq, uint16_t position, uint16_t id, ui
 }
 
 /* The usual table: all of its descriptors are buffers, flags but WRITE mean nothing. virtio 1.2, 2.8.7 */
-static bool walk_table_quickly(struct device_walk *walk, struct vq_chain *chain, uint64_t address, uint32_t length)
+APART struct iovec *walk_table_quickly(const struct device_walk *walk, struct vq_chain *chain, struct iovec *at,
+				       uint64_t address, uint32_t length)
 {
 	struct packed_desc *desc = device_table(walk, address, length), *end;
-	size_t at = walk->at, behind = at;
-	uint64_t readable = 0, writable = 0;
+	struct iovec *first = at, *behind = at;
+	uint64_t bytes = 0, readable = 0;
 
 	if (!desc)
-		return false;
+		return NULL;
 	for (end = desc + length / VRING_DESC_SIZE; desc < end; desc++) {
 		struct packed_second second = second_load(desc);
 
 		if (!device_append_quickly(walk, &at, address_load(desc), second.length))
-			return false;
-		if (second.flags & DESC_WRITE) {
-			writable += second.length;
-		} else {
-			if (UNLIKELY(writable))
-				return false;
-			readable += second.length;
-			behind = at;
-		}
+			return NULL;
+		bytes += second.length;
+		if (second.flags & DESC_WRITE)
+			continue;
+		if (UNLIKELY(at - behind != 1)) /* a writable one came before */
+			return NULL;
+		behind = at;
+		readable = bytes;
 	}
-	return device_end_chain(walk, chain, at, behind, readable, writable);
+	return device_walk_end(chain, first, behind, at, readable, bytes);
+}
+
+/* What of a descriptor says how its chain goes on, and on which lap it is. */
+INLINED uint32_t kind_of(struct packed_second second)
+{
+	return second.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT | PACKED_AVAIL | PACKED_USED);
 }
 
 /*
- * The usual chain: see struct device_walk, which then stands behind it; `descriptors` it has. Readable buffers first, then
- * writable ones, each kind in a loop of its own. A chain that goes round the ring's end is not usual.
+ * A usual chain of several buffers, at `at`, the first descriptor's second word being read already: see struct device_walk.
+ * Readable buffers come first, then writable ones, each kind in a loop of its own, where flags and mark are compared at once.
+ * A chain that goes round the ring's end is not usual.
  */
-INLINED bool walk_quickly(const struct packed_ring *ring, struct device_walk *walk, struct vq_chain *chain, uint16_t cursor,
-			  uint32_t *descriptors)
+INLINED struct iovec *walk_quickly(const struct device_walk *walk, const struct packed_ring *ring, struct vq_chain *chain,
+				 struct iovec *at, struct packed_spot spot, struct packed_second second)
 {
-	struct packed_desc *desc = packed_at(ring, cursor), *end = ring->desc + ring->num;
-	struct packed_second second = second_load(desc);
-	size_t first = walk->at, at = first, behind = first;
-	uint32_t flags = second.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT), mark = available_mark(cursor);
-	uint64_t readable = 0, writable = 0;
+	struct packed_desc *desc = spot_desc(ring, spot), *end = ring->desc + ring->num;
+	struct iovec *first = at, *behind;
+	uint64_t bytes = 0, readable;
+	uint32_t mark = spot.mark;
 
-	chain->head = second.id;
-	*descriptors = 1;
-	if (flags == 0 && (walk->view.perm & IOVA_RO)) { /* one buffer */
-		device_single(chain, first / PIECE, second.length, 0);
-		return device_append_quickly(walk, &walk->at, address_load(desc), second.length);
+	while (kind_of(second) == (DESC_NEXT | mark)) {
+		if (!device_append_quickly(walk, &at, address_load(desc), second.length) || UNLIKELY(++desc == end))
+			return NULL;
+		bytes += second.length;
+		second = second_load(desc);
 	}
-	if (flags == DESC_WRITE && (walk->view.perm & IOVA_WO)) {
-		device_single(chain, first / PIECE, 0, second.length);
-		return device_append_quickly(walk, &walk->at, address_load(desc), second.length);
+	behind = at;
+	readable = bytes;
+	while (kind_of(second) == (DESC_NEXT | DESC_WRITE | mark)) {
+		if (!device_append_quickly(walk, &at, address_load(desc), second.length) || UNLIKELY(++desc == end))
+			return NULL;
+		bytes += second.length;
+		second = second_load(desc);
 	}
-	if (flags == DESC_INDIRECT)
-		return walk_table_quickly(walk, chain, address_load(desc), second.length);
-	while (!(second.flags & (DESC_WRITE | DESC_INDIRECT))) {
-		if (!device_append_quickly(walk, &at, address_load(desc), second.length))
-			return false;
-		readable += second.length;
+	if (!device_append_quickly(walk, &at, address_load(desc), second.length))
+		return NULL;
+	bytes += second.length;
+	if (kind_of(second) == mark && LIKELY(at - behind == 1)) { /* the last one is readable, as are those before */
 		behind = at;
-		if (!(second.flags & DESC_NEXT))
-			goto end;
-		if (UNLIKELY(++desc == end))
-			return false;
-		second = second_load(desc);
-		if (UNLIKELY(!marked(second.flags, (uint16_t)mark)))
-			return false;
+		readable = bytes;
+	} else if (UNLIKELY(kind_of(second) != (DESC_WRITE | mark))) {
+		return NULL;
 	}
-	for (;;) {
-		if (UNLIKELY((second.flags & (DESC_WRITE | DESC_INDIRECT)) != DESC_WRITE) ||
-		    !device_append_quickly(walk, &at, address_load(desc), second.length))
-			return false;
-		writable += second.length;
-		if (!(second.flags & DESC_NEXT))
-			break;
-		if (UNLIKELY(++desc == end))
-			return false;
-		second = second_load(desc);
-		if (UNLIKELY(!marked(second.flags, (uint16_t)mark)))
-			return false;
-	}
-end:
-	if (!device_end_chain(walk, chain, at, behind, readable, writable))
-		return false;
-	*descriptors = (uint32_t)((at - first) / PIECE);
 	chain->head = second.id;
-	return true;
+	return device_walk_end(chain, first, behind, at, readable, bytes);
 }
 
 /*
@@ -161,7 +148,7 @@ static int walk(struct vq_device *vq, struct iova_pieces *pieces, struct vq_chai
 			return device_broken(vq, VQ_CHAIN_LONG, position, vq->packed.num);
 		cursor = cursor_advance(cursor, 1, vq->packed.num);
 	}
-	*chain = device_chain(&sum, first, pieces->used, second.id);
+	*chain = device_chain(&sum, pieces, first, second.id);
 	if (!device_sum_allowed(&sum))
 		return device_broken(vq, VQ_CHAIN_BYTES, position, sum.readable + sum.writable);
 	return (int)step + 1;
@@ -184,41 +171,56 @@ COLD static uint32_t walk_thoroughly(struct vq_device *vq, struct iova_pieces *p
 
 size_t packed_device_pop(struct vq_device *vq, struct vq_chain *chains, size_t limit, struct iova_pieces *pieces)
 {
-	struct device_walk at;
+	struct packed_spot next = packed_spot(vq->next_avail, available_mark(vq->next_avail));
+	struct device_walk walk;
 	struct packed_ring ring;
+	struct iovec *at;
 	size_t count;
 	uint32_t taken = vq->taken;
-	uint16_t next = vq->next_avail, *busy = vq->busy;
+	uint16_t *busy = vq->busy;
 
 	vq->missing = 0;
 	if (!device_usable(vq))
 		return 0;
 	ring = vq->packed;
-	at = device_walk_start(vq, pieces);
+	walk = device_walk(vq, pieces);
+	at = pieces->iov + pieces->used;
 	for (count = 0; count < limit && available(&ring, next); count++) {
+		struct packed_desc *desc = spot_desc(&ring, next);
+		struct packed_second second = second_load(desc);
 		struct vq_chain *chain = &chains[count];
-		size_t first = at.at;
-		uint32_t descriptors;
+		struct iovec *behind;
+		uint32_t descriptors = 1;
 
-		if (UNLIKELY(!walk_quickly(&ring, &at, chain, next, &descriptors))) {
-			pieces->used = first / PIECE;
-			descriptors = walk_thoroughly(vq, pieces, chain, next);
+		chain->head = second.id;
+		if (!(second.flags & (DESC_NEXT | DESC_INDIRECT))) {
+			behind = device_walk_one(&walk, chain, at, address_load(desc), second.length, second.flags & DESC_WRITE);
+		} else if (second.flags & DESC_NEXT) {
+			behind = walk_quickly(&walk, &ring, chain, at, next, second);
+			descriptors = chain->readable_pieces + chain->writable_pieces;
+		} else {
+			behind = walk_table_quickly(&walk, chain, at, address_load(desc), second.length);
+		}
+		if (UNLIKELY(!behind)) {
+			device_walked(&walk, pieces, at);
+			descriptors = walk_thoroughly(vq, pieces, chain, spot_cursor(next));
 			if (!descriptors)
 				break;
-			at = device_walk_start(vq, pieces);
+			walk = device_walk(vq, pieces);
+			behind = pieces->iov + pieces->used;
 		}
 		if (UNLIKELY(chain->head >= ring.num || busy[chain->head] || taken + descriptors > ring.num)) {
-			refuse(vq, cursor_position(next), chain->head, taken + descriptors);
-			at.at = first;
+			refuse(vq, (uint16_t)next.position, chain->head, taken + descriptors);
 			break;
 		}
+		at = behind;
 		busy[chain->head] = (uint16_t)descriptors;
 		taken += descriptors;
-		next = cursor_advance(next, descriptors, ring.num);
+		next = spot_advance(next, descriptors, ring.num);
 	}
-	pieces->used = at.at / PIECE;
+	device_walked(&walk, pieces, at);
 	vq->taken = taken;
-	vq->next_avail = vq->looked = next;
+	vq->next_avail = vq->looked = spot_cursor(next);
 	device_note_order(vq, chains, count);
 	if (!device_sound(vq))
 		return 0;
@@ -240,23 +242,22 @@ static bool call_due(struct vq_device *vq, uint32_t moved)
 	return event_asks(event, vq->used_idx, moved, vq->packed.num, vq->config.event_idx);
 }
 
-/* A used descriptor at a cursor; the flags of the batch's first one are stored when the rest is there. */
-INLINED void use(const struct packed_ring *ring, uint16_t cursor, struct vq_used done, bool first)
+/* A used descriptor; the flags of the batch's first one are stored when the rest is there. */
+INLINED void use(struct packed_desc *desc, uint32_t mark, struct vq_used done, bool first)
 {
-	struct packed_desc *desc = packed_at(ring, cursor);
-	uint16_t flags = (uint16_t)(used_mark(cursor) | (done.written ? DESC_WRITE : 0));
-
-	if (first)
+	if (UNLIKELY(first))
 		second_store_unmarked(desc, done.written, done.head);
 	else
-		second_store(desc, (struct packed_second){ done.written, done.head, flags });
+		second_store(desc, (struct packed_second){ done.written, done.head,
+							   (uint16_t)(mark | (done.written ? DESC_WRITE : 0)) });
 }
 
 /* How many of `done` are given back, but for the first flags; *moved descriptors. */
 static size_t use_all(struct vq_device *vq, const struct vq_used *done, size_t count, uint32_t *moved)
 {
+	struct packed_spot spot = packed_spot(vq->used_idx, used_mark(vq->used_idx));
 	const struct packed_ring ring = vq->packed;
-	uint16_t *busy = vq->busy, cursor = vq->used_idx;
+	uint16_t *busy = vq->busy;
 	uint32_t behind = 0, usual = 1;
 	size_t i;
 
@@ -267,11 +268,11 @@ static size_t use_all(struct vq_device *vq, const struct vq_used *done, size_t c
 			break;
 		descriptors = busy[id];
 		busy[id] = 0;
-		use(&ring, cursor, done[i], i == 0);
-		cursor = cursor_skip(cursor, descriptors, &usual, ring.num);
+		use(spot_desc(&ring, spot), spot.mark, done[i], i == 0);
+		spot = spot_skip(spot, descriptors, &usual, ring.num);
 		behind += descriptors;
 	}
-	vq->used_idx = cursor;
+	vq->used_idx = spot_cursor(spot);
 	vq->in_flight -= (uint32_t)i;
 	*moved = behind;
 	return i;
@@ -288,7 +289,7 @@ static size_t use_in_order(struct vq_device *vq, const struct vq_used *done, siz
 	*moved = 0;
 	while (device_release(vq, &entry, &entries)) {
 		*written = *moved ? *written : entry.written;
-		use(&vq->packed, vq->used_idx, entry, *moved == 0);
+		use(packed_at(&vq->packed, vq->used_idx), used_mark(vq->used_idx), entry, *moved == 0);
 		vq->used_idx = cursor_advance(vq->used_idx, entries, vq->packed.num);
 		*moved += entries;
 	}
@@ -331,7 +332,7 @@ int packed_device_enable_kick(struct vq_device *vq)
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [F]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.21.2 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = available(&vq->packed, vq->looked) && !vq->missing;
+	more = available(&vq->packed, packed_spot(vq->looked, available_mark(vq->looked))) && !vq->missing;
 	return device_sound(vq) ? more : -EPROTO;
 }
 

@@ -28,45 +28,44 @@ void packed_driver_start(struct vq_driver *vq)
 
 /* What adding moves. The flags of the batch's first descriptor are kept for later. */
 struct place {
-	struct driver_ids ids;
+	const uint16_t *next;
 	struct vq_driver_slot *slots;
 	struct packed_desc *withheld;
-	uint32_t free;
-	uint16_t withheld_flags, batch, next_avail, added;
+	struct packed_spot spot;
+	uint32_t free, id, added;
+	uint16_t withheld_flags;
 };
 
-/* The descriptor at a cursor, of the batch in hand. */
-INLINED void describe(const struct packed_ring *ring, struct place *at, uint16_t cursor, uint64_t address, uint32_t length,
-		      uint16_t id, uint32_t flags)
+/* A descriptor of the batch in hand. */
+INLINED void describe(struct place *at, struct packed_desc *desc, uint64_t address, uint32_t length, uint32_t id,
+		      uint32_t flags)
 {
-	struct packed_desc *desc = packed_at(ring, cursor);
-
-	flags |= available_mark(cursor);
 	address_store(desc, address);
 	if (LIKELY(at->withheld)) {
-		second_store(desc, (struct packed_second){ length, id, (uint16_t)flags });
+		second_store(desc, (struct packed_second){ length, (uint16_t)id, (uint16_t)flags });
 	} else {
-		second_store_unmarked(desc, length, id);
+		second_store_unmarked(desc, length, (uint16_t)id);
 		at->withheld = desc;
 		at->withheld_flags = (uint16_t)flags;
 	}
 }
 
-/* A chain's descriptors are written, and belong to the batch. */
-INLINED void post(const struct packed_ring *ring, struct place *at, uint16_t id, uint64_t token, uint64_t writable,
-		  uint32_t needed)
+/* A chain's descriptors are written, and belong to the batch; its id. */
+INLINED int post(struct place *at, struct packed_spot behind, uint64_t token, uint64_t writable, uint32_t needed)
 {
-	at->slots[id] = driver_slot(token, writable, needed, at->added);
-	at->batch = (uint16_t)(at->batch + needed);
-	at->next_avail = cursor_advance(at->next_avail, needed, ring->num);
-	at->ids.next += at->ids.step;
+	uint32_t id = at->id;
+
+	at->slots[id] = driver_slot(token, writable, needed, at->added, id);
+	at->spot = behind;
+	at->id = at->next[id];
 	at->free -= needed;
 	at->added++;
+	return (int)id;
 }
 
 /* Fills the table of an id, one descriptor per buffer, in which NEXT has no meaning; its writable bytes, or a negative
  * errno. virtio 1.2, 2.8.7 and 2.8.19 */
-static int64_t fill_table(const struct vq_driver *vq, uint16_t id, const struct vq_buffer *buffers, size_t readable,
+static int64_t fill_table(const struct vq_driver *vq, uint32_t id, const struct vq_buffer *buffers, size_t readable,
 			  size_t count)
 {
 	struct packed_desc *table = (void *)((uint8_t *)vq->config.area + driver_table(vq, id));
@@ -84,94 +83,96 @@ static int64_t fill_table(const struct vq_driver *vq, uint16_t id, const struct 
 }
 
 /*
- * Writes all descriptors of a chain but the first, in the ring's order, and returns their writable bytes; or a negative
- * errno: then they are marked as if they had not been written, as the device takes every marked one for part of the batch.
+ * Writes all descriptors of a chain but the first, in the ring's order, of which *spot then stands behind the last, and returns
+ * its writable bytes; or a negative errno: then they are marked as if they had not been written, as the device takes every
+ * marked one for part of the batch.
  */
-INLINED int64_t describe_rest(const struct vq_driver *vq, const struct packed_ring *ring, uint16_t cursor, uint16_t id,
-			      const struct vq_buffer *buffers, size_t readable, uint32_t count)
+INLINED int64_t describe_rest(const struct vq_driver *vq, const struct packed_ring *ring, struct packed_spot *spot, uint32_t id,
+			      const struct vq_request *request)
 {
-	uint64_t total = buffers[0].length, before = total;
-	bool empty = total == 0;
-	uint32_t i;
+	const struct vq_buffer *buffer = request->buffers, *writable = buffer + request->readable;
+	const struct vq_buffer *last = writable + request->writable - 1;
+	uint64_t total = buffer->length, before = request->readable ? total : 0;
+	uint32_t empty = total == 0, count = request->readable + request->writable;
 
-	for (i = 1; i < count; i++) {
-		uint32_t flags = (i < readable ? 0u : DESC_WRITE) | (i + 1 < count ? DESC_NEXT : 0u);
-		struct packed_desc *desc;
+	do {
+		uint32_t flags;
 
-		cursor = cursor_next(cursor, ring->num);
-		desc = packed_at(ring, cursor);
-		empty |= buffers[i].length == 0;
-		total += buffers[i].length;
-		before = i < readable ? total : before;
-		address_store(desc, buffers[i].iova);
-		second_store(desc, (struct packed_second){ buffers[i].length, id, (uint16_t)(flags | available_mark(cursor)) });
+		buffer++;
+		*spot = spot_advance(*spot, 1, ring->num);
+		flags = (buffer < writable ? 0 : DESC_WRITE) | (buffer < last ? DESC_NEXT : 0) | spot->mark;
+		empty |= buffer->length == 0;
+		total += buffer->length;
+		before = buffer < writable ? total : before;
+		address_store(spot_desc(ring, *spot), buffer->iova);
+		second_store(spot_desc(ring, *spot), (struct packed_second){ buffer->length, (uint16_t)id, (uint16_t)flags });
+	} while (buffer < last);
+	if (LIKELY(!empty && total <= UINT64_C(1) << 32)) { /* virtio 1.2, 2.7.5.2 */
+		*spot = spot_advance(*spot, 1, ring->num);
+		return (int64_t)(total - before);
 	}
-	if (LIKELY(!empty && total <= UINT64_C(1) << 32)) /* virtio 1.2, 2.7.5.2 */
-		return (int64_t)(readable ? total - before : total);
-	while (--i) {
+	for (uint16_t cursor = spot_cursor(*spot); --count; cursor = cursor_retreat(cursor, 1, ring->num))
 		ring16_store(&packed_at(ring, cursor)->flags, used_mark(cursor ^ CURSOR_WRAP), memory_order_relaxed);
-		cursor = cursor_retreat(cursor, 1, ring->num);
-	}
-	return driver_refuse(vq, buffers, count);
+	return driver_refuse(vq, request->buffers, request->readable + request->writable);
 }
 
 /* The id, or a negative errno. */
-INLINED int add(struct vq_driver *vq, const struct packed_ring *ring, struct place *at, const struct vq_buffer *buffers,
-		size_t readable, size_t count, uint64_t token)
+INLINED int add(struct vq_driver *vq, const struct packed_ring *ring, struct place *at, const struct vq_request *request)
 {
-	uint16_t id = driver_id(&at->ids, 0), cursor = at->next_avail;
+	size_t count = (size_t)request->readable + request->writable;
+	const struct vq_buffer *first = request->buffers;
+	struct packed_spot spot = at->spot;
+	uint32_t mark = spot.mark;
 	int64_t writable;
 
 	if (UNLIKELY(count == 0 || at->free == 0))
-		return driver_refuse(vq, buffers, count);
+		return driver_refuse(vq, first, count);
 	if (count == 1) {
-		uint32_t length = buffers[0].length;
-
-		if (UNLIKELY(length == 0))
+		if (UNLIKELY(first->length == 0))
 			return -EINVAL;
-		describe(ring, at, cursor, buffers[0].iova, length, id, readable ? 0 : DESC_WRITE);
-		post(ring, at, id, token, readable ? 0 : length, 1);
-	} else if (count <= vq->config.table_entries) {
-		writable = fill_table(vq, id, buffers, readable, count);
-		if (UNLIKELY(writable < 0))
-			return (int)writable;
-		describe(ring, at, cursor, vq->config.iova + driver_table(vq, id), (uint32_t)(VRING_DESC_SIZE * count), id,
-			 DESC_INDIRECT);
-		post(ring, at, id, token, (uint64_t)writable, 1);
-	} else {
-		if (UNLIKELY(count > at->free))
-			return driver_refuse(vq, buffers, count);
-		writable = describe_rest(vq, ring, cursor, id, buffers, readable, (uint32_t)count);
-		if (UNLIKELY(writable < 0))
-			return (int)writable;
-		describe(ring, at, cursor, buffers[0].iova, buffers[0].length, id, DESC_NEXT | (readable ? 0 : DESC_WRITE));
-		post(ring, at, id, token, (uint64_t)writable, (uint32_t)count);
+		describe(at, spot_desc(ring, spot), first->iova, first->length, at->id, (request->writable ? DESC_WRITE : 0) | mark);
+		return post(at, spot_advance(spot, 1, ring->num), request->token, request->writable ? first->length : 0, 1);
 	}
-	return id;
+	if (count <= vq->config.table_entries) {
+		writable = fill_table(vq, at->id, first, request->readable, count);
+		if (UNLIKELY(writable < 0))
+			return (int)writable;
+		describe(at, spot_desc(ring, spot), vq->config.iova + driver_table(vq, at->id), (uint32_t)(VRING_DESC_SIZE * count),
+			 at->id, DESC_INDIRECT | mark);
+		return post(at, spot_advance(spot, 1, ring->num), request->token, (uint64_t)writable, 1);
+	}
+	if (UNLIKELY(count > at->free))
+		return driver_refuse(vq, first, count);
+	writable = describe_rest(vq, ring, &spot, at->id, request);
+	if (UNLIKELY(writable < 0))
+		return (int)writable;
+	describe(at, spot_desc(ring, at->spot), first->iova, first->length, at->id,
+		 DESC_NEXT | (request->readable ? 0 : DESC_WRITE) | mark);
+	return post(at, spot, request->token, (uint64_t)writable, (uint32_t)count);
 }
 
 static inline struct place place_of(const struct vq_driver *vq)
 {
-	return (struct place){ .ids = driver_ids(vq),
+	return (struct place){ .next = vq->next,
 			       .slots = vq->slots,
 			       .withheld = vq->withheld,
+			       .spot = packed_spot(vq->next_avail, available_mark(vq->next_avail)),
 			       .free = vq->free,
 			       .withheld_flags = vq->withheld_flags,
-			       .batch = vq->batch,
-			       .next_avail = vq->next_avail,
+			       .id = vq->free_id,
 			       .added = vq->added };
 }
 
 static inline void move_to(struct vq_driver *vq, struct place at)
 {
+	vq->in_flight += at.added - vq->added;
+	vq->batch = (uint16_t)(vq->batch + (vq->free - at.free));
 	vq->withheld = at.withheld;
-	vq->in_flight += (uint16_t)(at.added - vq->added);
-	vq->ids_next = at.ids.next;
-	vq->free = at.free;
 	vq->withheld_flags = at.withheld_flags;
-	vq->batch = at.batch;
-	vq->next_avail = at.next_avail;
-	vq->added = at.added;
+	vq->free_id = (uint16_t)at.id;
+	vq->free = at.free;
+	vq->next_avail = spot_cursor(at.spot);
+	vq->added = (uint16_t)at.added;
 }
 
 size_t packed_driver_add_many(struct vq_driver *vq, const struct vq_request *requests, size_t count, int *error)
@@ -181,8 +182,7 @@ size_t packed_driver_add_many(struct vq_driver *vq, const struct vq_request *req
 	size_t i;
 
 	for (i = 0; i < count; i++) {
-		const struct vq_request *r = &requests[i];
-		int id = add(vq, &ring, &at, r->buffers, r->readable, (size_t)r->readable + r->writable, r->token);
+		int id = add(vq, &ring, &at, &requests[i]);
 
 		if (UNLIKELY(id < 0)) {
 			*error = id;
@@ -193,11 +193,11 @@ size_t packed_driver_add_many(struct vq_driver *vq, const struct vq_request *req
 	return i;
 }
 
-int packed_driver_add(struct vq_driver *vq, const struct vq_buffer *buffers, size_t readable, size_t count, uint64_t token)
+int packed_driver_add(struct vq_driver *vq, const struct vq_request *request)
 {
 	const struct packed_ring ring = vq->packed;
 	struct place at = place_of(vq);
-	int id = add(vq, &ring, &at, buffers, readable, count, token);
+	int id = add(vq, &ring, &at, request);
 
 	move_to(vq, at);
 	return id;
@@ -224,10 +224,15 @@ int packed_driver_publish(struct vq_driver *vq)
 	return driver_sound(vq) ? due : -EPROTO;
 }
 
-INLINED bool used(const struct packed_ring *ring, uint16_t cursor)
+INLINED bool used(const struct packed_ring *ring, struct packed_spot spot)
 {
 	/* pair [G]: acquire, sees what the device stored before these flags. virtio 1.2, 2.8.22 */
-	return marked(ring16_load(&packed_at(ring, cursor)->flags, memory_order_acquire), used_mark(cursor));
+	return marked(ring16_load(&spot_desc(ring, spot)->flags, memory_order_acquire), (uint16_t)spot.mark);
+}
+
+static inline struct packed_spot used_spot(const struct vq_driver *vq)
+{
+	return packed_spot(vq->last_used, used_mark(vq->last_used));
 }
 
 /*
@@ -243,7 +248,7 @@ static size_t reap_in_order(struct vq_driver *vq, struct vq_done *done, size_t l
 {
 	size_t count = 0;
 
-	while (count < limit && (vq->batch_left || used(&vq->packed, vq->last_used))) {
+	while (count < limit && (vq->batch_left || used(&vq->packed, used_spot(vq)))) {
 		struct packed_second entry = second_load(packed_at(&vq->packed, vq->last_used));
 
 		if (!vq->batch_left && !driver_take_batch(vq, cursor_position(vq->last_used), entry.id, entry.length,
@@ -258,8 +263,9 @@ size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t lim
 {
 	const struct driver_posted posted = driver_posted(vq);
 	const struct packed_ring ring = vq->packed;
-	uint16_t at = vq->last_used, *ids = vq->ids;
-	uint32_t free = vq->free, next = vq->ids_next, usual = 1;
+	struct packed_spot at = used_spot(vq);
+	uint16_t id_free = vq->free_id, *next = vq->next;
+	uint32_t free = vq->free, usual = 1;
 	size_t count = 0;
 
 	if (vq->fault.code != VQ_OK)
@@ -270,21 +276,22 @@ size_t packed_driver_reap(struct vq_driver *vq, struct vq_done *done, size_t lim
 		return count;
 	}
 	for (; count < limit && used(&ring, at); count++) {
-		struct packed_second entry = second_load(packed_at(&ring, at));
-		uint32_t written = entry.length;
+		struct packed_second entry = second_load(spot_desc(&ring, at));
+		int64_t written = driver_check_used(vq, posted, at.position, entry.id, entry.length, reserved(entry));
 		struct vq_driver_slot *slot;
 
-		if (!driver_check_used(vq, posted, cursor_position(at), entry.id, &written, reserved(entry)))
+		if (UNLIKELY(written < 0))
 			break;
 		slot = &posted.slots[entry.id];
-		at = cursor_skip(at, slot->count, &usual, ring.num);
-		done[count] = (struct vq_done){ .token = slot->token, .written = written, .head = entry.id };
-		ids[++next] = entry.id;
+		at = spot_skip(at, slot->count, &usual, ring.num);
+		done[count] = (struct vq_done){ .token = slot->token, .written = (uint32_t)written, .head = entry.id };
+		next[entry.id] = id_free;
+		id_free = entry.id;
 		free += slot->count;
 		slot->count = 0;
 	}
-	vq->last_used = at;
-	vq->ids_next = next;
+	vq->last_used = spot_cursor(at);
+	vq->free_id = id_free;
 	vq->free = free;
 	vq->in_flight -= (uint32_t)count;
 	(void)driver_sound(vq);
@@ -301,7 +308,7 @@ int packed_driver_enable_call(struct vq_driver *vq)
 								    event_value(EVENT_ENABLE, 0));
 	/* pair [H]: full fence, the wish is stored before the flags are read again. virtio 1.2, 2.8.22 */
 	atomic_thread_fence(memory_order_seq_cst);
-	more = vq->batch_left || used(&vq->packed, vq->last_used);
+	more = vq->batch_left || used(&vq->packed, used_spot(vq));
 	return driver_sound(vq) ? more : -EPROTO;
 }
 

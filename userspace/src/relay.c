@@ -83,12 +83,11 @@ static int take_back(struct relay *relay)
 static bool relocate(struct relay *relay, const struct vq_chain *chain, size_t count)
 {
 	struct iovec iov;
-	uint64_t iova;
 
 	for (size_t i = 0; i < count; i++) {
-		const struct iovec *piece = &relay->pieces.iov[chain->first + i];
-		struct iova_pieces one = { .iov = &iov, .iova = &iova, .used = 0, .capacity = 1 };
-		uint64_t at = relay->pieces.iova[chain->first + i];
+		const struct iovec *piece = &chain->iov[i];
+		struct iova_pieces one = { .iov = &iov, .capacity = 1 };
+		uint64_t at = relay->pieces.iova[piece - relay->pieces.iov];
 
 		if (iova_translate(relay->places, &relay->hint, at, piece->iov_len,
 				   i < chain->readable_pieces ? IOVA_RO : IOVA_WO, &one))

@@ -15,9 +15,9 @@ struct hand {
 	size_t first, count;
 };
 
-static struct chain_part writable(const struct engine_ring *ring, const struct vq_chain *chain)
+static struct chain_part writable(const struct vq_chain *chain)
 {
-	return (struct chain_part){ ring->pieces->iov + chain->first + chain->readable_pieces, chain->writable_pieces };
+	return (struct chain_part){ chain->iov + chain->readable_pieces, chain->writable_pieces };
 }
 
 static bool broken(const struct engine_ring *ring)
@@ -79,9 +79,9 @@ static ssize_t write_frame(int fd, uint8_t *header, struct chain_part pieces, ui
 }
 
 /* Sends one frame. TURN_IDLE when the tap is full and it was not taken; TURN_ASKS when it failed in a new way. */
-static int send_frame(struct tap_engine *tap, const struct engine_ring *tx, const struct vq_chain *chain)
+static int send_frame(struct tap_engine *tap, const struct vq_chain *chain)
 {
-	struct chain_part pieces = { tx->pieces->iov + chain->first, chain->readable_pieces };
+	struct chain_part pieces = { chain->iov, chain->readable_pieces };
 	uint8_t header[NET_HEADER] = { 0 };
 	uint64_t length = chain->readable - tap->header;
 	ssize_t done;
@@ -120,7 +120,7 @@ static int transmit(struct tap_engine *tap, struct engine_ring *tx)
 		return TURN_ASKS;
 	}
 	for (i = 0; i < count && turn == TURN_MOVED; i++) {
-		turn = send_frame(tap, tx, &tx->chains[i]);
+		turn = send_frame(tap, &tx->chains[i]);
 		if (turn == TURN_IDLE)
 			break;
 		tx->done[i] = (struct vq_used){ .written = 0, .head = tx->chains[i].head };
@@ -186,7 +186,7 @@ static void spread(const struct engine_ring *rx, size_t first, size_t count, uin
 			offset -= chain->writable;
 			continue;
 		}
-		here = chain_scatter(writable(rx, chain), offset, from, length);
+		here = chain_scatter(writable(chain), offset, from, length);
 		offset = 0;
 		from += here;
 		length -= here;
@@ -209,7 +209,7 @@ static void lay_out(struct tap_engine *tap, const struct engine_ring *rx, const 
 	to->count = 1;
 	to->direct = 0;
 	for (size_t i = hand->first; tap->plugged && i < end && (i == hand->first || to->direct < tap->reach); i++) {
-		struct chain_part part = writable(rx, &rx->chains[i]);
+		struct chain_part part = writable(&rx->chains[i]);
 
 		for (size_t k = 0; k < part.count && to->count < MOST_PIECES - 1 && to->direct <= NET_LARGEST; k++) {
 			size_t length = part.iov[k].iov_len;
@@ -266,7 +266,7 @@ static bool deliver_late(struct tap_engine *tap, struct engine_ring *rx, size_t 
 			break;
 		for (size_t i = 0; i < got; i++) {
 			const struct vq_chain *chain = &rx->chains[i];
-			struct chain_part part = writable(rx, chain);
+			struct chain_part part = writable(chain);
 			uint64_t here = chain->writable < size - offset ? chain->writable : size - offset, top = 0;
 
 			if (offset < tap->header)

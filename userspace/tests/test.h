@@ -110,14 +110,14 @@ static inline size_t bench_pop(struct bench *b, struct vq_chain *chains, size_t 
 	return vq_device_pop(&b->device, chains, limit, &b->pieces);
 }
 
-static inline struct chain_part readable_part(const struct bench *b, const struct vq_chain *chain)
+static inline struct chain_part readable_part(const struct vq_chain *chain)
 {
-	return (struct chain_part){ b->iov + chain->first, chain->readable_pieces };
+	return (struct chain_part){ chain->iov, chain->readable_pieces };
 }
 
-static inline struct chain_part writable_part(const struct bench *b, const struct vq_chain *chain)
+static inline struct chain_part writable_part(const struct vq_chain *chain)
 {
-	return (struct chain_part){ b->iov + chain->first + chain->readable_pieces, chain->writable_pieces };
+	return (struct chain_part){ chain->iov + chain->readable_pieces, chain->writable_pieces };
 }
 
 #endif

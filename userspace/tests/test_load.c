@@ -63,7 +63,7 @@ static uint32_t serve_block(const struct vq_chain *chain)
 	uint64_t size;
 	uint8_t *at;
 
-	CHECK(chain_gather(readable_part(&one.b, chain), 0, &head, sizeof(head)) == sizeof(head));
+	CHECK(chain_gather(readable_part(chain), 0, &head, sizeof(head)) == sizeof(head));
 	served++;
 	size = head.type ? chain->readable - sizeof(head) : chain->writable - 1;
 	CHECK(head.sector * PATTERN_SECTOR + size <= sizeof(disk) && size % PATTERN_SECTOR == 0);
@@ -71,15 +71,15 @@ static uint32_t serve_block(const struct vq_chain *chain)
 	if (served > LATE && fault == REFUSE)
 		status = 1;
 	if (!head.type && fault != EMPTY_READ)
-		CHECK(chain_scatter(writable_part(&one.b, chain), 0, at, size) == size);
+		CHECK(chain_scatter(writable_part(chain), 0, at, size) == size);
 	if (head.type && served > LATE && served % 7 == 0) {
 		if (fault == MISDIRECT) /* to the first block as well */
-			CHECK(chain_gather(readable_part(&one.b, chain), sizeof(head), disk, size) == size);
+			CHECK(chain_gather(readable_part(chain), sizeof(head), disk, size) == size);
 		size = fault == LOSE ? 0 : fault == TEAR ? size - PATTERN_SECTOR : size;
 	}
 	if (head.type)
-		CHECK(chain_gather(readable_part(&one.b, chain), sizeof(head), at, size) == size);
-	CHECK(chain_scatter(writable_part(&one.b, chain), chain->writable - 1, &status, 1) == 1);
+		CHECK(chain_gather(readable_part(chain), sizeof(head), at, size) == size);
+	CHECK(chain_scatter(writable_part(chain), chain->writable - 1, &status, 1) == 1);
 	return (uint32_t)chain->writable;
 }
 
@@ -107,14 +107,14 @@ static size_t serve_nic(void)
 	for (size_t i = 0; i < count; i++) {
 		used[i] = (struct vq_used){ 0, sent[i].head };
 		if (fault != DROP || served++ % 10)
-			CHECK(chain_gather(readable_part(&one.b, &sent[i]), 0, frames[kept++], STRIDE) == sent[i].readable);
+			CHECK(chain_gather(readable_part(&sent[i]), 0, frames[kept++], STRIDE) == sent[i].readable);
 	}
 	back = kept ? bench_pop(&other.b, room, kept) : 0;
 	push(&one, used, count);
 	for (size_t i = 0; i < back; i++) {
 		size_t from = fault == SWAP && back > 1 ? i ^ 1 : i;
 
-		chain_scatter(writable_part(&other.b, &room[i]), 0, frames[from < back ? from : i], HEADER + 64);
+		chain_scatter(writable_part(&room[i]), 0, frames[from < back ? from : i], HEADER + 64);
 		used[i] = (struct vq_used){ fault == HEADLESS ? HEADER - 1 : HEADER + 64, room[i].head };
 	}
 	push(&other, used, back);

@@ -41,11 +41,11 @@ static void release(struct gate *gate)
 	pthread_mutex_unlock(&turns);
 }
 
-static uint64_t token_of(const struct bench *b, const struct vq_chain *chain)
+static uint64_t token_of(const struct vq_chain *chain)
 {
 	uint64_t token = 0;
 
-	CHECK(chain_gather(readable_part(b, chain), 0, &token, sizeof(token)) == sizeof(token));
+	CHECK(chain_gather(readable_part(chain), 0, &token, sizeof(token)) == sizeof(token));
 	return token;
 }
 
@@ -71,7 +71,7 @@ static int turn(struct engine *engine)
 	pause_at_random(&lane->random[0]);
 	ring->pieces->used = 0;
 	count = vq_device_pop(ring->vq, ring->chains, 7, ring->pieces);
-	for (i = 0; i < count && token_of(&lane->bench, &ring->chains[i]) % ODD; i++)
+	for (i = 0; i < count && token_of(&ring->chains[i]) % ODD; i++)
 		ring->done[i] = (struct vq_used){ .written = 0, .head = ring->chains[i].head };
 	CHECK(engine_push(ring, ring->done, i));
 	if (i == count)
@@ -94,7 +94,7 @@ static void *serve(void *argument)
 
 		hold(lane->gate);
 		if (lane->engine.rings[0].vq && bench_pop(&lane->bench, &chain, 1) == 1) {
-			CHECK(token_of(&lane->bench, &chain) % ODD == 0);
+			CHECK(token_of(&chain) % ODD == 0);
 			used = (struct vq_used){ .written = 0, .head = chain.head };
 			due = vq_device_push(&lane->bench.device, &used, 1);
 			lane->asked++;

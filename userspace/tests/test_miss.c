@@ -225,10 +225,10 @@ static void random_run(uint64_t seed, uint32_t tables, bool event_idx, bool pack
 		for (size_t i = 0; i < count; i++, served++) {
 			uint8_t bytes[8], due = (uint8_t)served;
 
-			CHECK(chain_gather(readable_part(&b, &chains[i]), 0, bytes, 8) == 8);
+			CHECK(chain_gather(readable_part(&chains[i]), 0, bytes, 8) == 8);
 			for (size_t k = 0; k < 8; k++)
 				CHECK(bytes[k] == due);
-			CHECK(chain_scatter(writable_part(&b, &chains[i]), 0, bytes, 8) == 8);
+			CHECK(chain_scatter(writable_part(&chains[i]), 0, bytes, 8) == 8);
 		}
 		if (!random_below(&seed, 4) && count && b.map.regions[0].iova == RING_IOVA)
 			CHECK(iova_map_remove(&b.map, RING_IOVA, b.driver.layout.size) == 1);

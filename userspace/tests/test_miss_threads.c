@@ -47,9 +47,9 @@ static bool serve(uint64_t *served)
 	for (size_t i = 0; i < count; i++) {
 		uint64_t number;
 
-		CHECK(chain_gather(readable_part(&b, &chains[i]), 0, &number, 8) == 8 && number == *served + i);
+		CHECK(chain_gather(readable_part(&chains[i]), 0, &number, 8) == 8 && number == *served + i);
 		number = ~number;
-		CHECK(chain_scatter(writable_part(&b, &chains[i]), 0, &number, 8) == 8);
+		CHECK(chain_scatter(writable_part(&chains[i]), 0, &number, 8) == 8);
 		used[i] = (struct vq_used){ 8, chains[i].head };
 	}
 	*served += count;

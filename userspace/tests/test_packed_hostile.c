@@ -303,7 +303,7 @@ static enum vq_fault_code chaos(uint64_t seed, bool from_driver)
 			from_driver ? corrupt_driver(&seed) : corrupt_device(&seed);
 		count = bench_pop(&b, chains, NUM - holding);
 		for (size_t i = 0; i < count; i++) {
-			struct chain_part parts[2] = { readable_part(&b, &chains[i]), writable_part(&b, &chains[i]) };
+			struct chain_part parts[2] = { readable_part(&chains[i]), writable_part(&chains[i]) };
 
 			CHECK(chain_bytes(parts[0]) == chains[i].readable && chain_bytes(parts[1]) == chains[i].writable);
 			for (int p = 0; p < 2; p++)

@@ -80,8 +80,8 @@ static void traffic(bool front, bool behind, bool event_idx, uint32_t table)
 		for (size_t i = count; i < count + n; i++) {
 			uint64_t stamp;
 
-			CHECK(chain_gather(readable_part(&device, &held[i]), 0, &stamp, sizeof(stamp)) == sizeof(stamp));
-			CHECK(chain_scatter(writable_part(&device, &held[i]), 0, &stamp, sizeof(stamp)) == sizeof(stamp));
+			CHECK(chain_gather(readable_part(&held[i]), 0, &stamp, sizeof(stamp)) == sizeof(stamp));
+			CHECK(chain_scatter(writable_part(&held[i]), 0, &stamp, sizeof(stamp)) == sizeof(stamp));
 			held[i].readable = stamp;
 		}
 		count += n;

@@ -49,12 +49,12 @@ static void long_run(uint64_t seed, uint32_t num, uint32_t table_entries, bool e
 		CHECK(vq_driver_publish(&b.driver) >= 0);
 		count = bench_pop(&b, chains, 64 - waiting);
 		for (size_t i = 0; i < count; i++) {
-			uint64_t size = chain_gather(readable_part(&b, &chains[i]), 0, bytes, sizeof(bytes));
+			uint64_t size = chain_gather(readable_part(&chains[i]), 0, bytes, sizeof(bytes));
 			uint8_t token = bytes[0];
 
 			CHECK(size == chains[i].readable && seen[token] == 1);
 			memset(bytes, 0x80 | token, sizeof(bytes));
-			size = chain_scatter(writable_part(&b, &chains[i]), 0, bytes, sizeof(bytes));
+			size = chain_scatter(writable_part(&chains[i]), 0, bytes, sizeof(bytes));
 			CHECK(size == chains[i].writable);
 			held[waiting++] = chains[i];
 		}

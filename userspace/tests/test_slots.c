@@ -17,7 +17,7 @@ static size_t serve(struct bench *b, const struct vq_slots *slots, const uint32_
 
 	CHECK(b->device.fault.code == VQ_OK);
 	for (size_t i = 0; i < count; i++) {
-		uint64_t at = b->iova[chains[i].first] - DATA_IOVA, slot = at / STRIDE;
+		uint64_t at = b->iova[chains[i].iov - b->iov] - DATA_IOVA, slot = at / STRIDE;
 		uint8_t *data = b->data + at;
 
 		CHECK(chains[i].readable_pieces + chains[i].writable_pieces == 1);

@@ -67,12 +67,12 @@ static void *device_end(void *unused)
 			uint8_t request[2 * BYTES], answer[BYTES];
 			uint64_t number = served + i;
 
-			CHECK(chain_gather(readable_part(&b, &chains[i]), 0, request, sizeof(request)) == chains[i].readable);
+			CHECK(chain_gather(readable_part(&chains[i]), 0, request, sizeof(request)) == chains[i].readable);
 			for (size_t k = 0; k < chains[i].readable; k++)
 				CHECK(request[k] == request_byte(number, k));
 			for (size_t k = 0; k < BYTES; k++)
 				answer[k] = answer_byte(number, k);
-			CHECK(chain_scatter(writable_part(&b, &chains[i]), 0, answer, BYTES) == chains[i].writable);
+			CHECK(chain_scatter(writable_part(&chains[i]), 0, answer, BYTES) == chains[i].writable);
 			used[i] = (struct vq_used){ (uint32_t)chains[i].writable, chains[i].head };
 		}
 		for (size_t i = 0; i < count / 2; i++) { /* last first: completions need no order */
