@@ -144,7 +144,7 @@ static const struct described REFUSED = { -1, 0 };
 
 /* Writes buffers, of which there is one at least, into the free descriptors from `at` on, each but the last one pointing to
  * the next. virtio 1.2, 2.7.5.2 */
-APART struct described describe(const struct vring *ring, const uint16_t *next, uint32_t at, const struct vq_request *request)
+INLINED struct described describe(const struct vring *ring, const uint16_t *next, uint32_t at, const struct vq_request *request)
 {
 	const struct vq_buffer *buffer = request->buffers;
 	uint32_t ins = request->readable, outs = request->writable;
