@@ -215,7 +215,7 @@ static void nics(bool packed, enum way way, enum fault with, enum load_state end
 	static struct load_net load;
 	static struct vq_slots out, in;
 	struct load_net_config config = { .mode = LOAD_NET_ECHO, .header = HEADER, .frame = 64, .room = STRIDE, .batch = 16, .window = 32,
-					  .linger = 20000000, .seed = 9, .outgoing = &out, .incoming = &in,
+					  .linger = 500000000, .seed = 9, .outgoing = &out, .incoming = &in,
 					  .pace = { .goal = 20000, .patience = 2000000000, .poll = vq_poll_begin(budgets[way]) } };
 	uint32_t room = STRIDE;
 	enum load_state state;
