@@ -121,7 +121,7 @@ uint64_t vq_poll_look(struct vq_poll *poll, const struct gate *gate, struct vq_d
 	for (size_t i = 0; i < watched; i++)
 		if (vq_device_enable_kick(idle[i]))
 			due |= bits[i];
-	if (outcome == FOUND)
+	if (due) /* it may have come at the very end */
 		vq_poll_came(poll);
 	else if (outcome == VAIN)
 		missed(poll);
