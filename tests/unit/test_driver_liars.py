@@ -26,10 +26,10 @@ from vdpa_bridge.drivers import (
     ScsiDriver,
     VsockDriver,
 )
-from vdpa_bridge.drivers.gpio import Direction
 from vdpa_bridge.errors import DeviceBroken
 from vdpa_bridge.models import Model, RngModel
 from vdpa_bridge.models.base import Queue
+from vdpa_bridge.virtio.gpio import Direction
 from vdpa_bridge.virtio.input import Event
 
 __all__ = ["quiet"]  # an autouse fixture

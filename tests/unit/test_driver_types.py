@@ -28,11 +28,11 @@ from vdpa_bridge.drivers import (
     VsockDriver,
 )
 from vdpa_bridge.drivers.base import RING_FEATURES
-from vdpa_bridge.drivers.gpio import Direction
 from vdpa_bridge.drivers.scsi import Inquiry, ScsiError
 from vdpa_bridge.errors import FeatureError
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.models import Model, RngModel
+from vdpa_bridge.virtio.gpio import Direction
 from vdpa_bridge.virtio.input import EV_KEY, Event
 
 __all__ = ["quiet"]  # an autouse fixture

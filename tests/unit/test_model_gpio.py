@@ -21,11 +21,11 @@ from vdpa_bridge.backends.model import ModelDevice
 from vdpa_bridge.device import Device
 from vdpa_bridge.drivers import Driver, GpioDriver
 from vdpa_bridge.drivers.base import RING_FEATURES, Posted
-from vdpa_bridge.drivers.gpio import Direction
 from vdpa_bridge.flags import Feature
 from vdpa_bridge.models import Model, make_model
 from vdpa_bridge.models.control import LONGEST, MOST_PEERS
 from vdpa_bridge.virtio.features import GpioFeature
+from vdpa_bridge.virtio.gpio import Direction
 
 __all__ = ["quiet"]  # an autouse fixture
 

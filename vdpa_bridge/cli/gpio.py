@@ -28,7 +28,7 @@ def command(target: str) -> None:
 def info(ctx: click.Context, output: Output, trace: Trace) -> None:
     """List the lines: name, direction, and the value of those that have a direction."""
     from ..drivers import GpioDriver
-    from ..drivers.gpio import Direction
+    from ..virtio.gpio import Direction
 
     with opened(target_of(ctx), trace) as device, GpioDriver(device) as gpio:
         names = gpio.names() or [""] * gpio.lines
@@ -55,7 +55,7 @@ def info(ctx: click.Context, output: Output, trace: Trace) -> None:
 def set_line(ctx: click.Context, line: int, level: str, output: Output, trace: Trace) -> None:
     """Make LINE an output and set it."""
     from ..drivers import GpioDriver
-    from ..drivers.gpio import Direction
+    from ..virtio.gpio import Direction
 
     with opened(target_of(ctx), trace) as device, GpioDriver(device) as gpio:
         gpio.set_value(line, level == "high")

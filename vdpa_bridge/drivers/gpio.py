@@ -6,13 +6,13 @@ from __future__ import annotations
 import errno
 import struct
 import time
-from enum import IntEnum
 from typing import Unpack
 
 from ..device import Device
 from ..errors import DeviceBroken, FeatureError
 from ..virtio.config import parse_config
 from ..virtio.features import GpioFeature
+from ..virtio.gpio import Direction, Irq
 from ..virtio.ids import DeviceId
 from .base import Driver, Options
 from .ring import Posted
@@ -25,25 +25,6 @@ _INVALID, _VALID = b"\0", b"\1"
 _CONFIG_BYTES = 8
 _MOST_NAMES = 1 << 16
 """Bytes of names that are asked for; 65535 lines of two letters have that many and more."""
-
-
-class Direction(IntEnum):
-    """Of a line."""
-
-    NONE = 0
-    OUT = 1
-    IN = 2
-
-
-class Irq(IntEnum):
-    """What is an interrupt of a line: VIRTIO_GPIO_IRQ_TYPE_*."""
-
-    NONE = 0
-    RISING = 1
-    FALLING = 2
-    BOTH = 3
-    HIGH = 4
-    LOW = 8
 
 
 class GpioDriver(Driver):

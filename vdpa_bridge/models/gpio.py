@@ -15,11 +15,12 @@ from typing import Any, Self
 
 from ..virtio.config import PAD, Field
 from ..virtio.features import GpioFeature as F
+from ..virtio.gpio import Direction, Irq
 from ..virtio.ids import DeviceId
 from ..virtqueue import Chain
 from .base import Model, Queue
 from .control import Control, Peer
-from .gpio_lines import Direction, Irq, Line, Lines, Refused
+from .gpio_lines import Line, Lines, Refused
 from .options import check_options, parse_count
 from .sources import Sources
 

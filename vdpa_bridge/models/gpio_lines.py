@@ -8,26 +8,8 @@ its driver gave it, any other line that of the output it is wired to, or what is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from enum import IntEnum
 
-
-class Direction(IntEnum):
-    """VIRTIO_GPIO_DIRECTION_*."""
-
-    NONE = 0
-    OUT = 1
-    IN = 2
-
-
-class Irq(IntEnum):
-    """VIRTIO_GPIO_IRQ_TYPE_*."""
-
-    NONE = 0
-    RISING = 1
-    FALLING = 2
-    BOTH = 3
-    HIGH = 4
-    LOW = 8
+from ..virtio.gpio import Direction, Irq
 
 
 class Refused(Exception):
